@@ -1,0 +1,248 @@
+"""What a sequence remembers: keys and values, the convolution's window, the SSM state.
+
+Axes: N layers, b rows, j key/value heads, s positions, e head size, v conv history, c conv channels,
+h SSM heads, p channels per head, n state size.
+
+A cache is a value: named tensors and a length per row. Padding never enters it, so rows of one batch
+may have any lengths, and forking (`expand`), dropping or reordering (`select`) rows is indexing.
+An SSM state cannot be cropped to fewer tokens: `snapshot` before, `restore` after.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rope import rotary_table
+
+TENSORS = ("keys", "values", "windows", "states")
+
+
+class Cache:
+    """The memory of a batch of sequences.
+
+    keys, values: (N, b, j, max_length, e) in the model's dtype; windows: (N, b, v, c) in the model's
+    dtype; states: (N, b, h, p, n) float32 (float64 in a float64 model); lengths: (b,) int64 on the
+    CPU, tokens seen per row. Made by `model.new_cache`, advanced in place by `model(...)`.
+    """
+
+    def __init__(self, keys, values, windows, states, lengths):
+        self.keys, self.values, self.windows, self.states = keys, values, windows, states
+        self.lengths = lengths
+
+    @classmethod
+    def alloc(cls, config, batch_size: int, max_length: int, dtype, device) -> Cache:
+        """Zeros for `batch_size` rows of up to `max_length` tokens each."""
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a positive integer")
+        c, layers = config, config.num_hidden_layers
+        kv = (layers, batch_size, c.num_key_value_heads, max_length, c.head_dim)
+        ssm = (layers, batch_size, c.mamba_n_heads, c.mamba_head_dim, c.mamba_d_state)
+        work = torch.promote_types(dtype, torch.float32)
+        return cls(
+            torch.zeros(kv, dtype=dtype, device=device),
+            torch.zeros(kv, dtype=dtype, device=device),
+            torch.zeros(layers, batch_size, c.mamba_d_conv - 1, c.conv_dim, dtype=dtype, device=device),
+            torch.zeros(ssm, dtype=work, device=device),
+            torch.zeros(batch_size, dtype=torch.int64, device="cpu"),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a row can hold."""
+        return self.keys.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, filled or not."""
+        return sum(getattr(self, name).nbytes for name in TENSORS)
+
+    def layer(self, index: int) -> LayerCache:
+        """Views of one layer's tensors."""
+        return LayerCache(*(getattr(self, name)[index] for name in TENSORS))
+
+    def expand(self, n: int) -> Cache:
+        """A new cache with every row n times: row i becomes rows i*n to i*n + n - 1."""
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n is {n!r}, expected a positive integer")
+        return self.select(torch.arange(self.batch_size).repeat_interleave(n))
+
+    def select(self, rows) -> Cache:
+        """A new cache of the given rows (integers or an integer tensor), in their order; repeats allowed."""
+        rows = torch.as_tensor(rows, dtype=torch.int64, device="cpu").flatten()
+        if len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.batch_size:
+            raise ValueError(f"rows {rows.tolist()} must be among the {self.batch_size} rows, at least one")
+        on_device = rows.to(self.keys.device)
+        tensors = (getattr(self, name).index_select(1, on_device) for name in TENSORS)
+        return Cache(*tensors, self.lengths[rows])
+
+    def snapshot(self) -> Cache:
+        """A copy of the present content; its max_length is the longest row."""
+        filled = max(int(self.lengths.max()), 1)
+        return Cache(
+            self.keys[:, :, :, :filled].clone(),
+            self.values[:, :, :, :filled].clone(),
+            self.windows.clone(),
+            self.states.clone(),
+            self.lengths.clone(),
+        )
+
+    def restore(self, snapshot: Cache) -> None:
+        """Go back to a snapshot of this cache, in place."""
+        filled = snapshot.max_length
+        same_rows = snapshot.states.shape == self.states.shape and filled <= self.max_length
+        if not same_rows or snapshot.keys.dtype != self.keys.dtype:
+            raise ValueError(
+                f"snapshot of {snapshot.batch_size} rows and {filled} positions does not fit a cache of "
+                f"{self.batch_size} rows and {self.max_length} positions"
+            )
+        self.keys[:, :, :, :filled].copy_(snapshot.keys)
+        self.values[:, :, :, :filled].copy_(snapshot.values)
+        self.windows.copy_(snapshot.windows)
+        self.states.copy_(snapshot.states)
+        self.lengths.copy_(snapshot.lengths)
+
+    def save(self, path: str | Path, model) -> None:
+        """Write the content as one safetensors file, with the fingerprint of `model`."""
+        from safetensors.torch import save_file
+
+        content = self.snapshot()
+        tensors = {name: getattr(content, name).cpu() for name in (*TENSORS, "lengths")}
+        metadata = {"format": "falcon_h1r.cache", "fingerprint": fingerprint(model)}
+        partial = Path(path).with_name(Path(path).name + ".partial")
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, model, max_length: int | None = None) -> Cache:
+        """Read a file written by `save`; max_length: room to allocate, at least what is stored.
+
+        Raises ValueError when the file is not a cache or was made by another config or other weights.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                stored = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable cache file: {error}") from error
+        if metadata.get("format") != "falcon_h1r.cache" or set(stored) != {*TENSORS, "lengths"}:
+            raise ValueError(f"{path}: not a cache file of falcon_h1r")
+        if (found := metadata.get("fingerprint")) != (expected := fingerprint(model)):
+            raise ValueError(
+                f"{path}: made by another model: fingerprint {found}, this model's is {expected}"
+            )
+        content = cls(*(stored[name] for name in TENSORS), stored["lengths"])
+        max_length = content.max_length if max_length is None else max_length
+        if max_length < content.max_length:
+            raise ValueError(f"max_length {max_length} is below the {content.max_length} stored positions")
+        cache = model.new_cache(content.batch_size, max_length)
+        cache.restore(content)
+        return cache
+
+
+class LayerCache(NamedTuple):
+    """Views of one layer's part of a `Cache`; written by the layer, values only, never a graph."""
+
+    keys_bjse: Tensor
+    values_bjse: Tensor
+    window_bvc: Tensor
+    state_bhpn: Tensor
+
+    def write_keys(self, k_bjle: Tensor, v_bjle: Tensor, span: Span) -> None:
+        """Put the new keys and values behind what each row already holds."""
+        for target, new in ((self.keys_bjse, k_bjle.detach()), (self.values_bjse, v_bjle.detach())):
+            if span.past_b is None or span.key_lengths_b is None:
+                target[:, :, span.total - new.shape[2] : span.total] = new
+            elif span.is_step:
+                target[torch.arange(len(new), device=new.device), :, span.past_b] = new[:, :, 0]
+            else:
+                rows, columns = (~span.padding_bl).nonzero(as_tuple=True)
+                target[rows, :, span.past_b[rows] + columns] = new[rows, :, columns]
+
+    def write_mixer(self, window_bvc: Tensor, state_bhpn: Tensor) -> None:
+        self.window_bvc.copy_(window_bvc.detach())
+        self.state_bhpn.copy_(state_bhpn.detach())
+
+
+class Span(NamedTuple):
+    """Where the tokens of one forward stand: the same for all layers.
+
+    Inside the model a batch is always right-padded: row r has `lengths_b[r]` real tokens, then padding.
+    """
+
+    cos_bli: Tensor  # rotary table, (b or 1, l, e/2)
+    sin_bli: Tensor
+    lengths_b: Tensor | None  # real new tokens per row; None: all are real
+    padding_bl: Tensor | None  # True at padding; None only where lengths_b and key_lengths_b are None
+    seq_idx_bl: Tensor | None  # packed documents, numbered along the row
+    past_b: Tensor | None  # tokens each row already holds; None: none in any row
+    key_lengths_b: Tensor | None  # keys each row holds after this forward; None: `total` in all rows
+    total: int  # longest row after this forward, padding included where rows started level
+    is_step: bool  # one real token per row, with a cache
+
+    @classmethod
+    def plan(cls, config, cache: Cache | None, shape, lengths, seq_idx_bl, device, dtype) -> Span:
+        """Lay out `shape` = (b, l) new tokens behind `cache`; lengths: (b,) on the CPU or None.
+
+        Raises ValueError when a row would outgrow the cache.
+        """
+        b, l = shape
+        past = torch.zeros(b, dtype=torch.int64) if cache is None else cache.lengths
+        ends = past + (l if lengths is None else lengths)
+        if cache is not None and int(ends.max()) > cache.max_length:
+            row = int(ends.argmax())
+            raise ValueError(
+                f"cache full: row {row} holds {int(past[row])} of {cache.max_length} positions and "
+                f"{int(ends[row] - past[row])} more were given"
+            )
+        level = bool((past == past[0]).all())
+        column_l = torch.arange(l, device=device)
+        past_on_device = past.to(device)
+        if seq_idx_bl is not None:
+            starts = torch.nn.functional.pad(seq_idx_bl[:, 1:] != seq_idx_bl[:, :-1], (1, 0))
+            position_bl = column_l - (column_l * starts).cummax(dim=1).values
+        elif level:
+            position_bl = (column_l + int(past[0]))[None]
+        else:
+            position_bl = past_on_device[:, None] + column_l
+        lengths_b = None if lengths is None else lengths.to(device)
+        padding_bl = None
+        if lengths_b is not None or not level:
+            real = torch.full((b,), l, device=device) if lengths_b is None else lengths_b
+            padding_bl = column_l >= real[:, None]
+        return cls(
+            *rotary_table(position_bl, config.head_dim, config.rope_theta, dtype),
+            lengths_b=lengths_b,
+            padding_bl=padding_bl,
+            seq_idx_bl=seq_idx_bl,
+            past_b=past_on_device if cache is not None and int(past.max()) > 0 else None,
+            key_lengths_b=None if level else ends.to(device),
+            total=int(past[0]) + l if level else int(ends.max()),
+            is_step=cache is not None and l == 1 and lengths is None,
+        )
+
+
+def fingerprint(model) -> str:
+    """SHA-256 over the config and every weight's name, shape, dtype and bytes (about 1 s per GB)."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""The short depthwise causal convolution over x, B and C, with SiLU.
+
+Axes: b batch, l length, c channels, w taps, v = w - 1 samples of history.
+A window_bvc holds the last v inputs of each row, oldest first; zeros stand for "before the start".
+Tap 0 multiplies the oldest sample. `seq_idx_bl` numbers the documents packed into a row, never
+decreasing along it: no tap reaches into another document, and a window belongs to its row's first
+(initial) or last (final) document.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .precision import compute_dtype
+
+
+def causal_conv1d_reference(
+    x_blc: Tensor,
+    weight_cw: Tensor,
+    bias_c: Tensor | None = None,
+    *,
+    initial_window_bvc: Tensor | None = None,
+    lengths_b: Tensor | None = None,
+    seq_idx_bl: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y_t = silu(bias + sum_i weight_i x_{t-v+i}), tap by tap, in `compute_dtype`.
+
+    x_blc: (b, l, c); weight_cw: (c, w); bias_c: (c,); initial_window_bvc: (b, v, c) or None (zeros).
+    lengths_b: (b,) real samples per row, the rest being right padding; None means all l.
+    Returns y_blc (b, l, c) and the final window (b, v, c) after the last real sample, in x's dtype.
+    """
+    b, l, c = x_blc.shape
+    w = weight_cw.shape[1]
+    assert weight_cw.shape == (c, w) and (bias_c is None or bias_c.shape == (c,)), weight_cw.shape
+    history_blc, seq_idx_history = _with_history(x_blc, w, initial_window_bvc, seq_idx_bl)
+    work = compute_dtype(x_blc)
+    y = torch.zeros(b, l, c, dtype=work, device=x_blc.device)
+    for tap in range(w):
+        sample = history_blc[:, tap : tap + l].to(work)
+        if seq_idx_bl is not None:
+            sample = sample * (seq_idx_history[:, tap : tap + l] == seq_idx_bl)[..., None]
+        y = y + sample * weight_cw[:, tap].to(work)
+    if bias_c is not None:
+        y = y + bias_c.to(work)
+    return F.silu(y).to(x_blc.dtype), _final_window(history_blc, w, lengths_b, seq_idx_history)
+
+
+def causal_conv1d(
+    x_blc: Tensor,
+    weight_cw: Tensor,
+    bias_c: Tensor | None = None,
+    *,
+    initial_window_bvc: Tensor | None = None,
+    lengths_b: Tensor | None = None,
+    seq_idx_bl: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d_reference` through torch's depthwise convolution; same arguments."""
+    if seq_idx_bl is not None:
+        return causal_conv1d_reference(
+            x_blc,
+            weight_cw,
+            bias_c,
+            initial_window_bvc=initial_window_bvc,
+            lengths_b=lengths_b,
+            seq_idx_bl=seq_idx_bl,
+        )
+    c, w = weight_cw.shape
+    assert x_blc.shape[-1] == c and (bias_c is None or bias_c.shape == (c,)), weight_cw.shape
+    history_blc, _ = _with_history(x_blc, w, initial_window_bvc, None)
+    work = compute_dtype(x_blc)
+    bias = None if bias_c is None else bias_c.to(work)
+    y_bcl = F.conv1d(history_blc.to(work).mT, weight_cw.to(work)[:, None], bias, groups=c)
+    return F.silu(y_bcl.mT).to(x_blc.dtype), _final_window(history_blc, w, lengths_b, None)
+
+
+def causal_conv1d_step(
+    x_bc: Tensor, window_bvc: Tensor, weight_cw: Tensor, bias_c: Tensor | None = None
+) -> Tensor:
+    """One sample: x_bc (b, c) -> y_bc (b, c); window_bvc (b, v, c) is moved on in place."""
+    b, c = x_bc.shape
+    w = weight_cw.shape[1]
+    assert window_bvc.shape == (b, w - 1, c) and weight_cw.shape[0] == c, window_bvc.shape
+    work = compute_dtype(x_bc)
+    history_bwc = torch.cat([window_bvc, x_bc[:, None].to(window_bvc.dtype)], dim=1)
+    y = (history_bwc.to(work) * weight_cw.to(work).T).sum(1)
+    if bias_c is not None:
+        y = y + bias_c.to(work)
+    window_bvc.copy_(history_bwc[:, 1:])
+    return F.silu(y).to(x_bc.dtype)
+
+
+def _with_history(x_blc, w: int, initial_window_bvc, seq_idx_bl):
+    """x and seq_idx with the v samples before them: (b, v + l, c) and (b, v + l) or None."""
+    b, _, c = x_blc.shape
+    if initial_window_bvc is None:
+        initial_window_bvc = x_blc.new_zeros(b, w - 1, c)
+    assert initial_window_bvc.shape == (b, w - 1, c), initial_window_bvc.shape
+    history_blc = torch.cat([initial_window_bvc.to(x_blc.dtype), x_blc], dim=1)
+    if seq_idx_bl is not None:
+        seq_idx_bl = torch.cat([seq_idx_bl[:, :1].expand(b, w - 1), seq_idx_bl], dim=1)
+    return history_blc, seq_idx_bl
+
+
+def _final_window(history_blc, w: int, lengths_b, seq_idx_history):
+    """The v samples that end at each row's last real one."""
+    b, total, c = history_blc.shape
+    if lengths_b is None and seq_idx_history is None:
+        return history_blc[:, total - (w - 1) :]
+    if lengths_b is None:
+        lengths_b = torch.full((b,), total - (w - 1), device=history_blc.device)
+    index_bv = lengths_b[:, None] + torch.arange(w - 1, device=history_blc.device)
+    window = history_blc.gather(1, index_bv[..., None].expand(-1, -1, c))
+    if seq_idx_history is not None:
+        last_b1 = seq_idx_history.gather(1, lengths_b[:, None] + w - 2)
+        window = window * (seq_idx_history.gather(1, index_bv) == last_b1)[..., None]
+    return window

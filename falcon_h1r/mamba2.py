@@ -1,0 +1,94 @@
+"""The Mamba-2 mixer: in_proj, multipliers, convolution, dt, SSD, gate and norm, out_proj.
+
+Axes as in `ssd.py`, plus d model width. Prefill and decode share everything but the convolution and
+the scan, so dt is prepared, and clamped, in one place.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .norm import GatedRMSNorm
+from .precision import compute_dtype
+
+
+class Mamba2Mixer(nn.Module):
+    """`mamba` of a block. A_log, D and dt_bias stay in float32 in a narrower model."""
+
+    def __init__(self, config, ops):
+        super().__init__()
+        self.config, self.ops = config, ops
+        d, h = config.hidden_size, config.mamba_n_heads
+        self.in_proj = nn.Linear(d, config.d_in_proj, bias=config.mamba_proj_bias)
+        self.conv1d = nn.Conv1d(
+            config.conv_dim,
+            config.conv_dim,
+            config.mamba_d_conv,
+            groups=config.conv_dim,
+            bias=config.mamba_conv_bias,
+        )
+        self.A_log = nn.Parameter(torch.zeros(h))
+        self.D = nn.Parameter(torch.ones(h))
+        self.dt_bias = nn.Parameter(torch.zeros(h))
+        if config.mamba_rms_norm:
+            self.norm = GatedRMSNorm(config, ops)
+        self.out_proj = nn.Linear(config.d_ssm, d, bias=config.projectors_bias)
+
+    def forward(self, u_bld: Tensor, span, layer=None) -> Tensor:
+        """(b, l, d) -> (b, l, d). span: `cache.Span`; layer: `cache.LayerCache` or None."""
+        c, ops = self.config, self.ops
+        groups = (c.mamba_n_groups, c.mamba_d_state)
+        bc_width = c.mamba_n_groups * c.mamba_d_state
+        work = compute_dtype(u_bld)
+
+        # 1. One projection, cut into five segments, each with its own multiplier.
+        segments = self.in_proj(u_bld * c.ssm_in_multiplier).split(
+            [c.d_ssm, c.d_ssm, bc_width, bc_width, c.mamba_n_heads], dim=-1
+        )
+        z, x, B, C, dt = (m * s for m, s in zip(c.ssm_multipliers, segments))
+        xBC = torch.cat([x, B, C], dim=-1)
+
+        # 2. Step size and decay rate. dt = 0 makes right padding hold the state.
+        dt = F.softplus(dt.to(work) + self.dt_bias.to(work)).clamp(*c.time_step_limit)
+        if span.lengths_b is not None:
+            dt = dt.masked_fill(span.padding_bl[..., None], 0)
+        A = -torch.exp(self.A_log.to(work))
+
+        # 3. Convolution and scan: one step of both from the cache, or a whole stretch.
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        if span.is_step:
+            xBC = ops.causal_conv1d_step(xBC[:, 0], layer.window_bvc, weight, bias)
+            x, B, C = xBC.split([c.d_ssm, bc_width, bc_width], dim=-1)
+            x, B, C = x.unflatten(-1, (c.mamba_n_heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+            y = ops.ssd_step(layer.state_bhpn, x, dt[:, 0], A, B, C, self.D).flatten(-2)[:, None]
+        else:
+            xBC, window = ops.causal_conv1d(
+                xBC,
+                weight,
+                bias,
+                initial_window_bvc=None if layer is None else layer.window_bvc,
+                lengths_b=span.lengths_b,
+                seq_idx_bl=span.seq_idx_bl,
+            )
+            x, B, C = xBC.split([c.d_ssm, bc_width, bc_width], dim=-1)
+            y, state = ops.ssd_scan(
+                x.unflatten(-1, (c.mamba_n_heads, -1)),
+                dt,
+                A,
+                B.unflatten(-1, groups),
+                C.unflatten(-1, groups),
+                self.D,
+                chunk_size=c.mamba_chunk_size,
+                initial_state_bhpn=None if layer is None else layer.state_bhpn,
+                seq_idx_bl=span.seq_idx_bl,
+            )
+            y = y.flatten(-2)
+            if layer is not None:
+                layer.write_mixer(window, state)
+
+        # 4. Gate, with the grouped norm where the model has one, and the way back.
+        if c.mamba_rms_norm:
+            y = self.norm(y, z)
+        else:
+            y = ops.gated_rms_norm(y, z, None, c.rms_norm_eps)
+        return self.out_proj(y)

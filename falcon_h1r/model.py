@@ -1,0 +1,221 @@
+"""FalconH1ForCausalLM: embedding, hybrid blocks, final norm, head.
+
+Module and parameter names are the checkpoint's. `model` is a plain container of the checkpoint's
+`model.*` names, not a second forward.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .block import HybridBlock
+from .cache import Cache, Span
+from .config import FalconH1Config
+from .mamba2 import Mamba2Mixer
+from .norm import RMSNorm
+from .ops import TORCH, Ops
+
+# Kept in float32 in a narrower model: they enter exponentials, and cost a few bytes per layer.
+FLOAT32_PARAMETERS = ("mamba.A_log", "mamba.D", "mamba.dt_bias")
+
+
+class FalconH1ForCausalLM(nn.Module):
+    """A Falcon-H1 language model with freshly initialised weights.
+
+    config: `FalconH1Config`; ops: an operator table, None means TORCH; dtype: of the weights, default
+    float32 (A_log, D and dt_bias are at least float32); device: None means torch's default device,
+    "meta" builds without memory. Load weights with `from_pretrained`.
+    """
+
+    def __init__(self, config: FalconH1Config, ops: Ops | None = None, dtype=None, device=None):
+        super().__init__()
+        device = torch.get_default_device() if device is None else torch.device(device)
+        self.config, self.ops = config, TORCH if ops is None else ops
+        self.source: Path | None = None  # the folder the weights came from
+        with torch.device("meta"):
+            self.model = nn.ModuleDict(
+                {
+                    "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                    "layers": nn.ModuleList(
+                        HybridBlock(config, self.ops) for _ in range(config.num_hidden_layers)
+                    ),
+                    "final_layernorm": RMSNorm(config.hidden_size, config.rms_norm_eps, self.ops),
+                }
+            )
+            if not config.tie_word_embeddings:
+                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        dtype = torch.float32 if dtype is None else dtype
+        for name, parameter in self.named_parameters():
+            wide = name.endswith(FLOAT32_PARAMETERS)
+            parameter.data = parameter.data.to(
+                torch.promote_types(dtype, torch.float32) if wide else dtype
+            )
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Start values for training: normal(0, initializer_range) matrices, zero biases, unit norms;
+        A in 1..h, dt = softplus(dt_bias) log-uniform in 0.001..0.1 (Mamba-2 paper's defaults)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0, self.config.initializer_range, generator=generator)
+            elif isinstance(module, nn.Conv1d):
+                bound = module.kernel_size[0] ** -0.5
+                module.weight.uniform_(-bound, bound, generator=generator)
+            elif isinstance(module, Mamba2Mixer):
+                heads = torch.arange(1, len(module.A_log) + 1, device=module.A_log.device)
+                module.A_log.copy_(heads.log())
+                module.D.fill_(1)
+                module.dt_bias.uniform_(math.log(0.001), math.log(0.1), generator=generator)
+                dt = module.dt_bias.exp()
+                module.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            elif hasattr(module, "weight"):
+                module.weight.fill_(1)
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model["embed_tokens"].weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model["embed_tokens"].weight.device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int = 0,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token at every position, and `cache` advanced in place.
+
+        input_ids: (b, l) int64, the new tokens. attention_mask: (b, l), 1 at real tokens, 0 at padding,
+        which may stand before or after a row's tokens but not between them; None means all real. A row
+        gives what it would give alone; padding is never cached, and its logits are 0.
+        cache: from `new_cache`, with one row per row of input_ids.
+        logits_to_keep: 0 for all positions; k for the last k real tokens of each row (zeros in front of
+        shorter rows).
+        seq_idx: (b, l) integers, equal inside a document: several documents packed into one row, each
+        as if alone; not together with a cache or with padding.
+        Returns (b, l or k, vocab) logits in float32 (float64 in a float64 model).
+        Raises ValueError for ids outside the vocabulary, shapes that do not fit, and a full cache.
+        """
+        b, l = self._check_inputs(input_ids, attention_mask, cache, logits_to_keep, seq_idx)
+        input_ids, lengths, shift = _right_pad(input_ids, attention_mask)
+        if seq_idx is not None:
+            changes = seq_idx[:, 1:] != seq_idx[:, :-1]
+            seq_idx = F.pad(changes.cumsum(1), (1, 0))
+        work = torch.promote_types(self.dtype, torch.float32)
+        span = Span.plan(
+            self.config, cache, input_ids.shape, lengths, seq_idx, input_ids.device, work
+        )
+        x_bld = self.model["embed_tokens"](input_ids) * self.config.embedding_multiplier
+        for index, block in enumerate(self.model["layers"]):
+            x_bld = block(x_bld, span, None if cache is None else cache.layer(index))
+        if cache is not None:
+            cache.lengths += input_ids.shape[1] if lengths is None else lengths
+        x_bld = _rows_to_return(x_bld, l, lengths, shift, logits_to_keep)
+        x_bld = self.model["final_layernorm"](x_bld)
+        tied = self.config.tie_word_embeddings
+        weight = self.model["embed_tokens"].weight if tied else self.lm_head.weight
+        return F.linear(x_bld, weight).to(work) * self.config.lm_head_multiplier
+
+    def _check_inputs(self, input_ids, attention_mask, cache, logits_to_keep, seq_idx):
+        if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids: expected integers of shape (batch, length), both positive, "
+                f"found {tuple(input_ids.shape)} {input_ids.dtype}"
+            )
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"input_ids: id {bad} is outside the vocabulary of {self.config.vocab_size}")
+        for name, tensor in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
+            if tensor is not None and tensor.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name}: shape {tuple(tensor.shape)}, expected that of input_ids, "
+                    f"{tuple(input_ids.shape)} (it describes the new tokens only)"
+                )
+        if seq_idx is not None and (cache is not None or attention_mask is not None):
+            raise ValueError("seq_idx: packed documents take neither a cache nor an attention_mask")
+        if cache is not None and cache.batch_size != len(input_ids):
+            raise ValueError(f"cache has {cache.batch_size} rows, input_ids {len(input_ids)}")
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep is {logits_to_keep!r}, expected 0 or a positive integer")
+        return input_ids.shape
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty cache for `batch_size` rows of up to `max_length` tokens."""
+        return Cache.alloc(self.config, batch_size, max_length, self.dtype, self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo_id: str | Path,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        ops: Ops | None = None,
+        revision: str | None = None,
+    ) -> FalconH1ForCausalLM:
+        """Load a local folder or hub repository of safetensors; strict, see `checkpoint.load`."""
+        from .checkpoint import load
+
+        return load(path_or_repo_id, dtype=dtype, device=device, ops=ops, revision=revision)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the released layout, which transformers loads too; atomic, see `checkpoint.save`."""
+        from .checkpoint import save
+
+        save(self, path)
+
+
+def _right_pad(input_ids: Tensor, attention_mask: Tensor | None):
+    """Move each row's real tokens to the front, the one layout that the layers know.
+
+    Returns ids (b, longest row), lengths (b,) on the CPU or None if no padding is left, and shift (b,):
+    the column at which each row's tokens stood.
+    """
+    if attention_mask is None:
+        return input_ids, None, None
+    real = attention_mask != 0
+    starts_b = real.int().argmax(1)
+    lengths_b = real.sum(1)
+    column = torch.arange(real.shape[1], device=real.device)
+    run = (column >= starts_b[:, None]) & (column < (starts_b + lengths_b)[:, None])
+    if not torch.equal(run, real):
+        row = int((run != real).any(1).int().argmax())
+        raise ValueError(f"attention_mask: row {row} has padding between its real tokens")
+    lengths = lengths_b.cpu()
+    longest = int(lengths.max())
+    if longest == 0:
+        raise ValueError("attention_mask: no row has a real token")
+    index = (starts_b[:, None] + column[:longest]).clamp(max=real.shape[1] - 1)
+    full = bool((lengths == longest).all())
+    return input_ids.gather(1, index), None if full else lengths, starts_b
+
+
+def _rows_to_return(x_bld: Tensor, l: int, lengths, shift, keep: int) -> Tensor:
+    """The hidden states the head is asked for, (b, l or keep, d), zero where there is no token."""
+    b, longest, d = x_bld.shape
+    if lengths is None and (shift is None or longest == l or keep):
+        if keep == 0 or keep == longest:
+            return x_bld
+        if keep < longest:
+            return x_bld[:, -keep:]
+    column = torch.arange(keep or l, device=x_bld.device)
+    ends = torch.full((b,), longest) if lengths is None else lengths
+    ends = ends.to(x_bld.device)[:, None]
+    index = column + ends - keep if keep else column - shift[:, None]
+    inside = (index >= 0) & (index < ends)
+    picked = x_bld.gather(1, index.clamp(0, longest - 1)[..., None].expand(-1, -1, d))
+    return picked * inside[..., None]
