@@ -23,8 +23,8 @@ def attention_reference(
 
     q_bhle: (b, h, l, e); k_bjse, v_bjse: (b, j, s, e); query head i reads key head i // (h/j).
     query_offset_b: (b,) keys that precede each row's first query: query i sees keys up to
-    query_offset + i. None means 0 and s = l. seq_idx_bl: (b, l), with s = l only: a query sees keys of
-    its own document. Returns (b, h, l, e) in q's dtype.
+    query_offset + i. None means 0 and s = l. seq_idx_bl: (b, l), with s = l only: a query sees
+    keys of its own document. Returns (b, h, l, e) in q's dtype.
     """
     b, h, l, e = q_bhle.shape
     j, s = k_bjse.shape[1:3]
@@ -49,9 +49,13 @@ def attention(
     l, s = q_bhle.shape[2], k_bjse.shape[2]
     if query_offset_b is None and seq_idx_bl is None:
         assert l == s, (l, s)
-        return F.scaled_dot_product_attention(q_bhle, k_bjse, v_bjse, is_causal=True, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q_bhle, k_bjse, v_bjse, is_causal=True, enable_gqa=True
+        )
     visible = visible_keys(l, s, query_offset_b, seq_idx_bl, q_bhle.device)
-    return F.scaled_dot_product_attention(q_bhle, k_bjse, v_bjse, attn_mask=visible, enable_gqa=True)
+    return F.scaled_dot_product_attention(
+        q_bhle, k_bjse, v_bjse, attn_mask=visible, enable_gqa=True
+    )
 
 
 def decode_attention_reference(
@@ -119,11 +123,11 @@ class FalconH1Attention(nn.Module):
         k = self.ops.rope(k, span.cos_bli, span.sin_bli, multiplier=self.key_multiplier)
         if layer is not None:
             layer.write_keys(k, v, span)
+            if span.is_step or span.past_b is not None:
+                k = layer.keys_bjse[:, :, : span.total]
+                v = layer.values_bjse[:, :, : span.total]
         if span.is_step:
-            keys, values = layer.keys_bjse[:, :, : span.total], layer.values_bjse[:, :, : span.total]
-            o = self.ops.decode_attention(q[:, :, 0], keys, values, span.key_lengths_b)
+            o = self.ops.decode_attention(q[:, :, 0], k, v, span.key_lengths_b)
             return self.o_proj(o.reshape(b, 1, -1))
-        if span.past_b is not None:
-            k, v = layer.keys_bjse[:, :, : span.total], layer.values_bjse[:, :, : span.total]
         o = self.ops.attention(q, k, v, query_offset_b=span.past_b, seq_idx_bl=span.seq_idx_bl)
         return self.o_proj(o.transpose(1, 2).reshape(b, l, -1))

@@ -1,10 +1,11 @@
 """What a sequence remembers: keys and values, the convolution's window, the SSM state.
 
-Axes: N layers, b rows, j key/value heads, s positions, e head size, v conv history, c conv channels,
-h SSM heads, p channels per head, n state size.
+Axes: N layers, b rows, j key/value heads, s positions, e head size, v conv history, c conv
+channels, h SSM heads, p channels per head, n state size.
 
-A cache is a value: named tensors and a length per row. Padding never enters it, so rows of one batch
-may have any lengths, and forking (`expand`), dropping or reordering (`select`) rows is indexing.
+A cache is a value: named tensors and a length per row. Padding never enters it, so rows of one
+batch may have any lengths, and forking (`expand`), dropping or reordering (`select`) rows is
+indexing.
 An SSM state cannot be cropped to fewer tokens: `snapshot` before, `restore` after.
 """
 
@@ -27,9 +28,9 @@ TENSORS = ("keys", "values", "windows", "states")
 class Cache:
     """The memory of a batch of sequences.
 
-    keys, values: (N, b, j, max_length, e) in the model's dtype; windows: (N, b, v, c) in the model's
-    dtype; states: (N, b, h, p, n) float32 (float64 in a float64 model); lengths: (b,) int64 on the
-    CPU, tokens seen per row. Made by `model.new_cache`, advanced in place by `model(...)`.
+    keys, values: (N, b, j, max_length, e) in the model's dtype; windows: (N, b, v, c) in the
+    model's dtype; states: (N, b, h, p, n) float32 (float64 in a float64 model); lengths: (b,) int64
+    on the CPU, tokens seen per row. Made by `model.new_cache`, advanced in place by `model(...)`.
     """
 
     def __init__(self, keys, values, windows, states, lengths):
@@ -45,11 +46,12 @@ class Cache:
         c, layers = config, config.num_hidden_layers
         kv = (layers, batch_size, c.num_key_value_heads, max_length, c.head_dim)
         ssm = (layers, batch_size, c.mamba_n_heads, c.mamba_head_dim, c.mamba_d_state)
+        window = (layers, batch_size, c.mamba_d_conv - 1, c.conv_dim)
         work = torch.promote_types(dtype, torch.float32)
         return cls(
             torch.zeros(kv, dtype=dtype, device=device),
             torch.zeros(kv, dtype=dtype, device=device),
-            torch.zeros(layers, batch_size, c.mamba_d_conv - 1, c.conv_dim, dtype=dtype, device=device),
+            torch.zeros(window, dtype=dtype, device=device),
             torch.zeros(ssm, dtype=work, device=device),
             torch.zeros(batch_size, dtype=torch.int64, device="cpu"),
         )
@@ -79,10 +81,12 @@ class Cache:
         return self.select(torch.arange(self.batch_size).repeat_interleave(n))
 
     def select(self, rows) -> Cache:
-        """A new cache of the given rows (integers or an integer tensor), in their order; repeats allowed."""
+        """A new cache of the given rows (integers), in their order; a row may be given twice."""
         rows = torch.as_tensor(rows, dtype=torch.int64, device="cpu").flatten()
         if len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.batch_size:
-            raise ValueError(f"rows {rows.tolist()} must be among the {self.batch_size} rows, at least one")
+            raise ValueError(
+                f"rows {rows.tolist()} must be among the {self.batch_size} rows, at least one"
+            )
         on_device = rows.to(self.keys.device)
         tensors = (getattr(self, name).index_select(1, on_device) for name in TENSORS)
         return Cache(*tensors, self.lengths[rows])
@@ -104,8 +108,8 @@ class Cache:
         same_rows = snapshot.states.shape == self.states.shape and filled <= self.max_length
         if not same_rows or snapshot.keys.dtype != self.keys.dtype:
             raise ValueError(
-                f"snapshot of {snapshot.batch_size} rows and {filled} positions does not fit a cache of "
-                f"{self.batch_size} rows and {self.max_length} positions"
+                f"snapshot of {snapshot.batch_size} rows and {filled} positions does not fit a "
+                f"cache of {self.batch_size} rows and {self.max_length} positions"
             )
         self.keys[:, :, :, :filled].copy_(snapshot.keys)
         self.values[:, :, :, :filled].copy_(snapshot.values)
@@ -131,14 +135,14 @@ class Cache:
     def load(cls, path: str | Path, model, max_length: int | None = None) -> Cache:
         """Read a file written by `save`; max_length: room to allocate, at least what is stored.
 
-        Raises ValueError when the file is not a cache or was made by another config or other weights.
+        Raises ValueError when the file is not a cache, or was made with another config or weights.
         """
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                stored = {name: file.get_tensor(name) for name in file.keys()}
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable cache file: {error}") from error
         if metadata.get("format") != "falcon_h1r.cache" or set(stored) != {*TENSORS, "lengths"}:
@@ -150,7 +154,9 @@ class Cache:
         content = cls(*(stored[name] for name in TENSORS), stored["lengths"])
         max_length = content.max_length if max_length is None else max_length
         if max_length < content.max_length:
-            raise ValueError(f"max_length {max_length} is below the {content.max_length} stored positions")
+            raise ValueError(
+                f"max_length {max_length} is below the {content.max_length} stored positions"
+            )
         cache = model.new_cache(content.batch_size, max_length)
         cache.restore(content)
         return cache
@@ -183,16 +189,16 @@ class LayerCache(NamedTuple):
 class Span(NamedTuple):
     """Where the tokens of one forward stand: the same for all layers.
 
-    Inside the model a batch is always right-padded: row r has `lengths_b[r]` real tokens, then padding.
+    Inside the model a batch is always right-padded: `lengths_b[r]` real tokens, then padding.
     """
 
     cos_bli: Tensor  # rotary table, (b or 1, l, e/2)
     sin_bli: Tensor
     lengths_b: Tensor | None  # real new tokens per row; None: all are real
-    padding_bl: Tensor | None  # True at padding; None only where lengths_b and key_lengths_b are None
+    padding_bl: Tensor | None  # True at padding; None: rows are level and without padding
     seq_idx_bl: Tensor | None  # packed documents, numbered along the row
     past_b: Tensor | None  # tokens each row already holds; None: none in any row
-    key_lengths_b: Tensor | None  # keys each row holds after this forward; None: `total` in all rows
+    key_lengths_b: Tensor | None  # keys each row holds afterwards; None: `total` in all rows
     total: int  # longest row after this forward, padding included where rows started level
     is_step: bool  # one real token per row, with a cache
 
@@ -239,7 +245,7 @@ class Span(NamedTuple):
 
 
 def fingerprint(model) -> str:
-    """SHA-256 over the config and every weight's name, shape, dtype and bytes (about 1 s per GB)."""
+    """SHA-256 over the config and every weight's name, shape, dtype and bytes."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -1,4 +1,4 @@
-"""Every hyperparameter of Falcon-H1 under its name in `config.json`, and the sizes derived from them.
+"""Every hyperparameter of Falcon-H1 under its name in `config.json`, and the derived sizes.
 
 What is unusual in this architecture:
 - every block runs attention and a Mamba-2 mixer side by side on one normalised input and adds both;
@@ -26,7 +26,7 @@ class ConfigError(ValueError):
     """A configuration that does not describe a Falcon-H1 model this package can run."""
 
 
-# Keys that may be absent because the released files leave them out; the value is what absence means.
+# Keys that may be absent, as in the released files; the value is what absence means.
 OPTIONAL = {
     "time_step_limit": (0.0, math.inf),
     "bos_token_id": None,
@@ -35,7 +35,7 @@ OPTIONAL = {
     "initializer_range": 0.02,
 }
 
-# Keys that say nothing about the forward pass: written by other programs, or read by trainers only.
+# Keys that say nothing about the forward pass: read by other programs, or by trainers only.
 IGNORED = frozenset(
     "architectures model_type transformers_version torch_dtype dtype use_cache num_logits_to_keep "
     "mlp_expansion_factor time_step_min time_step_max time_step_floor _name_or_path "
@@ -146,8 +146,8 @@ class FalconH1Config:
         """Read the content of a `config.json`.
 
         Rope keys may be flat (`rope_theta`, `rope_scaling`) or nested (`rope_parameters`); eos may
-        be an int or a list; `head_dim`, where absent, is hidden_size / num_attention_heads, which is
-        what its absence means in the saved files (the tensors' shapes are checked at loading).
+        be an int or a list; `head_dim`, where absent, is hidden_size / num_attention_heads, as its
+        absence means in saved files (the tensors' shapes are checked at loading).
         Raises `ConfigError` for a missing or unknown architecture key and for a value the package
         has no code for.
         """
@@ -255,8 +255,11 @@ def _check_types(config: FalconH1Config) -> None:
     def is_number(value) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
+    def is_integer(value) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
     def is_count(value) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return is_integer(value) and value > 0
 
     for field in fields(config):
         name, value, kind = field.name, getattr(config, field.name), field.type
@@ -266,7 +269,9 @@ def _check_types(config: FalconH1Config) -> None:
             refuse(name, "true or false")
         elif kind == "float" and not (is_number(value) and math.isfinite(value)):
             refuse(name, "a finite number")
-        elif kind == "int | None" and not (value is None or (is_number(value) and value == int(value))):
+        elif kind == "int | None" and not (
+            value is None or (is_number(value) and value == int(value))
+        ):
             refuse(name, "an integer or null")
     for name, length in (("ssm_multipliers", 5), ("mlp_multipliers", 2)):
         value = getattr(config, name)

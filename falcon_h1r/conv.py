@@ -25,7 +25,7 @@ def causal_conv1d_reference(
 ) -> tuple[Tensor, Tensor]:
     """y_t = silu(bias + sum_i weight_i x_{t-v+i}), tap by tap, in `compute_dtype`.
 
-    x_blc: (b, l, c); weight_cw: (c, w); bias_c: (c,); initial_window_bvc: (b, v, c) or None (zeros).
+    x_blc: (b, l, c); weight_cw: (c, w); bias_c: (c,); initial_window_bvc: (b, v, c), None: zeros.
     lengths_b: (b,) real samples per row, the rest being right padding; None means all l.
     Returns y_blc (b, l, c) and the final window (b, v, c) after the last real sample, in x's dtype.
     """

@@ -59,7 +59,11 @@ class Mamba2Mixer(nn.Module):
         if span.is_step:
             xBC = ops.causal_conv1d_step(xBC[:, 0], layer.window_bvc, weight, bias)
             x, B, C = xBC.split([c.d_ssm, bc_width, bc_width], dim=-1)
-            x, B, C = x.unflatten(-1, (c.mamba_n_heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+            x, B, C = (
+                x.unflatten(-1, (c.mamba_n_heads, -1)),
+                B.unflatten(-1, groups),
+                C.unflatten(-1, groups),
+            )
             y = ops.ssd_step(layer.state_bhpn, x, dt[:, 0], A, B, C, self.D).flatten(-2)[:, None]
         else:
             xBC, window = ops.causal_conv1d(

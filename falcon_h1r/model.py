@@ -27,9 +27,9 @@ FLOAT32_PARAMETERS = ("mamba.A_log", "mamba.D", "mamba.dt_bias")
 class FalconH1ForCausalLM(nn.Module):
     """A Falcon-H1 language model with freshly initialised weights.
 
-    config: `FalconH1Config`; ops: an operator table, None means TORCH; dtype: of the weights, default
-    float32 (A_log, D and dt_bias are at least float32); device: None means torch's default device,
-    "meta" builds without memory. Load weights with `from_pretrained`.
+    config: `FalconH1Config`; ops: an operator table, None means TORCH; dtype: of the weights,
+    default float32 (A_log, D and dt_bias are at least float32); device: None means torch's default
+    device, "meta" builds without memory. Load weights with `from_pretrained`.
     """
 
     def __init__(self, config: FalconH1Config, ops: Ops | None = None, dtype=None, device=None):
@@ -61,8 +61,11 @@ class FalconH1ForCausalLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Start values for training: normal(0, initializer_range) matrices, zero biases, unit norms;
-        A in 1..h, dt = softplus(dt_bias) log-uniform in 0.001..0.1 (Mamba-2 paper's defaults)."""
+        """Start values for training, in place.
+
+        Matrices normal(0, initializer_range), biases 0, norms 1; A in 1..h, dt = softplus(dt_bias)
+        log-uniform in 0.001..0.1, the defaults of the Mamba-2 paper.
+        """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(0, self.config.initializer_range, generator=generator)
@@ -99,18 +102,19 @@ class FalconH1ForCausalLM(nn.Module):
     ) -> Tensor:
         """Logits of the next token at every position, and `cache` advanced in place.
 
-        input_ids: (b, l) int64, the new tokens. attention_mask: (b, l), 1 at real tokens, 0 at padding,
-        which may stand before or after a row's tokens but not between them; None means all real. A row
-        gives what it would give alone; padding is never cached, and its logits are 0.
+        input_ids: (b, l) int64, the new tokens. attention_mask: (b, l), 1 at real tokens, 0 at
+        padding, which may stand before or after a row's tokens but not between them; None means all
+        real. A row gives what it would give alone; padding is never cached, and its logits are 0.
         cache: from `new_cache`, with one row per row of input_ids.
-        logits_to_keep: 0 for all positions; k for the last k real tokens of each row (zeros in front of
-        shorter rows).
-        seq_idx: (b, l) integers, equal inside a document: several documents packed into one row, each
-        as if alone; not together with a cache or with padding.
+        logits_to_keep: 0 for all positions; k for the last k real tokens of each row (zeros in
+        front of shorter rows).
+        seq_idx: (b, l) integers, equal inside a document: several documents packed into one row,
+        each as if alone; not together with a cache or with padding.
         Returns (b, l or k, vocab) logits in float32 (float64 in a float64 model).
         Raises ValueError for ids outside the vocabulary, shapes that do not fit, and a full cache.
         """
-        b, l = self._check_inputs(input_ids, attention_mask, cache, logits_to_keep, seq_idx)
+        self._check_inputs(input_ids, attention_mask, cache, logits_to_keep, seq_idx)
+        l = input_ids.shape[1]
         input_ids, lengths, shift = _right_pad(input_ids, attention_mask)
         if seq_idx is not None:
             changes = seq_idx[:, 1:] != seq_idx[:, :-1]
@@ -139,7 +143,9 @@ class FalconH1ForCausalLM(nn.Module):
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
-            raise ValueError(f"input_ids: id {bad} is outside the vocabulary of {self.config.vocab_size}")
+            raise ValueError(
+                f"input_ids: id {bad} is outside the vocabulary of {self.config.vocab_size}"
+            )
         for name, tensor in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
             if tensor is not None and tensor.shape != input_ids.shape:
                 raise ValueError(
@@ -151,8 +157,9 @@ class FalconH1ForCausalLM(nn.Module):
         if cache is not None and cache.batch_size != len(input_ids):
             raise ValueError(f"cache has {cache.batch_size} rows, input_ids {len(input_ids)}")
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep is {logits_to_keep!r}, expected 0 or a positive integer")
-        return input_ids.shape
+            raise ValueError(
+                f"logits_to_keep is {logits_to_keep!r}, expected 0 or a positive integer"
+            )
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens."""
@@ -173,7 +180,7 @@ class FalconH1ForCausalLM(nn.Module):
         return load(path_or_repo_id, dtype=dtype, device=device, ops=ops, revision=revision)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the released layout, which transformers loads too; atomic, see `checkpoint.save`."""
+        """Write the released layout, which transformers loads too; see `checkpoint.save`."""
         from .checkpoint import save
 
         save(self, path)
@@ -182,8 +189,8 @@ class FalconH1ForCausalLM(nn.Module):
 def _right_pad(input_ids: Tensor, attention_mask: Tensor | None):
     """Move each row's real tokens to the front, the one layout that the layers know.
 
-    Returns ids (b, longest row), lengths (b,) on the CPU or None if no padding is left, and shift (b,):
-    the column at which each row's tokens stood.
+    Returns ids (b, longest row), lengths (b,) on the CPU or None if no padding is left, and shift
+    (b,): the column at which each row's tokens stood.
     """
     if attention_mask is None:
         return input_ids, None, None

@@ -1,15 +1,15 @@
 """The precision policy, in one place; the README's table lists each deviation from transformers.
 
-Weights and activations are in the model's dtype. Computed in `compute_dtype` (float32, or float64 in
-a float64 model): RMS statistics, the rotation of q and k, softmax, dt with its bias and softplus,
-decays and their cumulative sums, the convolution's sum, the SSM state, the gate, and the logits.
-Rotary angles are float64. Decays are always the exponential of a difference of sums, never a ratio
-of exponentials, which would overflow.
+Weights and activations are in the model's dtype. Computed in `compute_dtype` (float32, or float64
+in a float64 model): RMS statistics, the rotation of q and k, softmax, dt with its bias and
+softplus, decays and their cumulative sums, the convolution's sum, the SSM state, the gate, and the
+logits. Rotary angles are float64. Decays are always the exponential of a difference of sums, never
+a ratio of exponentials, which would overflow.
 """
 
 import torch
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """float32 for float32 and narrower inputs, float64 for float64: no cast narrows a float64 run."""
+    """float32 for float32 and narrower inputs, float64 for float64."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,8 +1,9 @@
 """Configurations of the released family, each group of values with where it was seen.
 
 Grades: "printed" - the value stands in a model card, paper, or a published copy of the model's own
-config.json; "derived" - the value follows from a rule that reproduces the printed values of the other
-sizes (see `closed_form_multipliers`) or from a published parameter count, and was itself not seen.
+config.json; "derived" - the value follows from a rule that reproduces the printed values of the
+other sizes (see `closed_form_multipliers`) or from a published parameter count, and was itself not
+seen.
 A checkpoint's own config.json always decides over a preset.
 """
 
@@ -25,8 +26,9 @@ def closed_form_multipliers(
 ) -> dict[str, Any]:
     """The fit that reproduces every printed multiplier of the family except the Tiny models.
 
-    It centres on width 1280, the base width of the Falcon-H1 paper's muP. Used for presets whose own
-    values were not seen in print, and to cross-check the others; never in place of a config.json.
+    It centres on width 1280, the base width of the Falcon-H1 paper's muP. Used for presets whose
+    own values were not seen in print, and to cross-check the others; never in place of a
+    config.json.
     """
     root2 = math.sqrt(2)
     return {
@@ -204,7 +206,9 @@ PRESETS: dict[str, tuple[Source, ...]] = {
             positions=131072,
         ),
         Source(
-            "derived", "closed_form_multipliers", closed_form_multipliers(2048, 4608, 128, 3072, 256)
+            "derived",
+            "closed_form_multipliers",
+            closed_form_multipliers(2048, 4608, 128, 3072, 256),
         ),
     ),
     "falcon-h1-1.5b-deep": (
@@ -223,7 +227,9 @@ PRESETS: dict[str, tuple[Source, ...]] = {
             positions=131072,
         ),
         Source(
-            "derived", "closed_form_multipliers", closed_form_multipliers(1280, 3072, 128, 1536, 256)
+            "derived",
+            "closed_form_multipliers",
+            closed_form_multipliers(1280, 3072, 128, 1536, 256),
         ),
     ),
     "falcon-h1-3b": (

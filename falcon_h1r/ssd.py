@@ -6,14 +6,14 @@ Axes: b batch, l length, h heads, p channels per head, g groups (heads of one gr
 head i belongs to group i // (h/g)), r = h/g heads per group, n state size, q and s positions inside
 a chunk. Common arguments:
 
-    x_blhp (b, l, h, p)      dt_blh (b, l, h) >= 0, after bias, softplus and clamp; 0 holds the state
+    x_blhp (b, l, h, p)      dt_blh (b, l, h) >= 0, after bias, softplus, clamp; 0 holds the state
     A_h (h,) < 0             B_blgn, C_blgn (b, l, g, n)           D_h (h,) or None
     initial_state_bhpn (b, h, p, n) or None (zeros)
     seq_idx_bl (b, l) numbers packed documents, never decreasing along a row: the state is cleared
-    where it changes; the initial state belongs to a row's first document, the final one to its last.
+    where it changes; the initial state belongs to a row's first document, the final to its last.
 
-Each returns y_blhp (b, l, h, p) in x's dtype and the final state (b, h, p, n) in `compute_dtype`, in
-which everything is computed. Every decay is exp of a difference of cumulative sums.
+Each returns y_blhp (b, l, h, p) in x's dtype and the final state (b, h, p, n) in `compute_dtype`,
+in which everything is computed. Every decay is exp of a difference of cumulative sums.
 """
 
 import torch
@@ -74,7 +74,7 @@ def ssd_dual(
     initial_state_bhpn: Tensor | None = None,
     seq_idx_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The quadratic (attention-like) form: one chunk as long as the sequence. Memory grows with l^2."""
+    """The quadratic (attention-like) form: one chunk as long as the sequence, memory l^2."""
     return ssd_chunked(
         x_blhp,
         dt_blh,
@@ -102,8 +102,8 @@ def ssd_chunked(
 ) -> tuple[Tensor, Tensor]:
     """The dual form inside chunks, the recurrence between them (paper section 6).
 
-    Time is linear in l, extra memory one chunk's: C B^T is formed once per group, never per head, and
-    B and C are not copied to the heads. chunk_size: positions per chunk (config key
+    Time is linear in l, extra memory one chunk's: C B^T is formed once per group, never per head,
+    and B and C are not copied to the heads. chunk_size: positions per chunk (config key
     mamba_chunk_size); the result depends on it by rounding only.
     """
     b, l, h, p, g, n = _check_shapes(

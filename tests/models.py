@@ -1,7 +1,9 @@
 """Tiny adversarial configurations and random models for them; shared by all tests."""
 
+import dataclasses
 import math
 
+import textbook
 import torch
 
 from falcon_h1r.config import FalconH1Config
@@ -116,3 +118,21 @@ def rms_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def random_ids(config: FalconH1Config, *shape: int, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, config.vocab_size, shape, generator=generator)
+
+
+def same_weights(model, ops=None, dtype=None, **changes) -> FalconH1ForCausalLM:
+    """The weights of `model` under another table or dtype, or under a changed configuration."""
+    config = dataclasses.replace(model.config, **changes)
+    ops = model.ops if ops is None else ops
+    copy = FalconH1ForCausalLM(config, ops=ops, dtype=model.dtype if dtype is None else dtype)
+    copy.load_state_dict(model.state_dict())
+    return copy.eval()
+
+
+def textbook_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of each row of ids (b, l) from the plain-Python oracle, in float64."""
+    weights = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+    values = dataclasses.asdict(model.config)
+    return torch.tensor(
+        [textbook.logits(values, weights, row) for row in ids.tolist()], dtype=torch.float64
+    )
