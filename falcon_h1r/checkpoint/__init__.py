@@ -1,0 +1,18 @@
+"""Checkpoints in the released layout: safetensors in, safetensors out, never a pickle."""
+
+from .errors import CheckpointError
+from .hub import resolve
+from .layout import TensorInfo, inspect
+from .loader import load, read_config, read_generation_config
+from .saver import save
+
+__all__ = [
+    "CheckpointError",
+    "TensorInfo",
+    "inspect",
+    "load",
+    "read_config",
+    "read_generation_config",
+    "resolve",
+    "save",
+]

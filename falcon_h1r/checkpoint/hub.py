@@ -1,0 +1,99 @@
+"""From what a user types to a folder on disk: a local path, or a Hugging Face hub repository."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .errors import CheckpointError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(
+    path_or_repo_id: str | Path, revision: str | None = None, *, weights: bool = True
+) -> Path:
+    """Folder that holds the checkpoint.
+
+    path_or_repo_id: a local folder, or a hub repository id "owner/name"; an existing folder wins.
+    revision: branch, tag or commit of a hub repository; refused for a local folder.
+    weights: False fetches only the configuration and tokenizer files of a hub repository.
+
+    From the hub only JSON, Jinja, tokenizer and `model*.safetensors` files of the repository's top
+    level are fetched, never pickled weights. `HF_HUB_OFFLINE` and the cache's place are
+    huggingface_hub's own settings.
+
+    Raises `CheckpointError` when there is no such folder, repository or revision, when the hub
+    cannot be reached and the files are not in its cache, or when huggingface_hub is not installed.
+    """
+    if not isinstance(path_or_repo_id, (str, os.PathLike)):
+        raise CheckpointError(
+            f"checkpoint is {path_or_repo_id!r}, expected a folder or a hub repository owner/name"
+        )
+    text = os.fspath(path_or_repo_id)
+    path = Path(os.path.expanduser(text))
+    # os.path rather than Path methods: those raise for a NUL or an overlong name.
+    if text and os.path.isdir(path):
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision!r} was given for the local folder {path}; "
+                "only a hub repository has revisions"
+            )
+        return path
+    if text and os.path.exists(path):
+        raise CheckpointError(f"{path} is a file, expected the folder that holds {CONFIG}")
+    if isinstance(path_or_repo_id, os.PathLike) or not _REPO_ID.fullmatch(text):
+        raise CheckpointError(
+            f"no such folder: {text!r} (and a hub repository id is written owner/name)"
+        )
+    return _download(text, revision, weights)
+
+
+def _download(repo_id: str, revision: str | None, weights: bool) -> Path:
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"no such folder: {repo_id!r}; to fetch it from the hub, install huggingface_hub"
+        ) from error
+
+    patterns = ["*.json", "*.jinja", *(name for name in TOKENIZER_FILES if "json" not in name)]
+    if weights:
+        patterns.append("model*.safetensors")
+    place = f"{repo_id!r} (no local folder of that name; revision {revision or 'main'!r})"
+    try:
+        folder = snapshot_download(
+            repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+    except errors.GatedRepoError as error:
+        raise CheckpointError(f"{place}: access to this hub repository is restricted") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(f"{place}: no such hub repository, or it is private") from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{place}: the hub repository has no such revision") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{place}: not (completely) in the local hub cache, and the hub cannot be reached "
+            "(no network, or HF_HUB_OFFLINE is set)"
+        ) from error
+    except Exception as error:  # whatever HTTP library this version of huggingface_hub uses
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{place}: download failed: {type(error).__name__}: {reason}"
+        ) from error
+    return Path(folder)
