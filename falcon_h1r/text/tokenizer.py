@@ -1,0 +1,205 @@
+"""Text to token ids and back, read from a checkpoint's tokenizer.json; chats by its template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from .template import ChatTemplateError, compile_template, render_template
+
+# The single special tokens a tokenizer_config.json names; templates see those that are set.
+SPECIAL_NAMES = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the checkpoint's special tokens and chat templates.
+
+    backend: the tokenizer; its own truncation and padding are switched off.
+    chat_templates: jinja sources by name; "default" is used, and "tool_use" where there is one and
+        tools are given.
+    special_tokens: name such as "eos_token" -> text; each must be in the vocabulary.
+
+    Raises `ValueError` for a special token that is not in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        chat_templates: dict[str, str] | None = None,
+        special_tokens: dict[str, str] | None = None,
+    ):
+        self.backend = backend
+        self.chat_templates = dict(chat_templates or {})
+        self.special_tokens = dict(special_tokens or {})
+        self._compiled: dict[str, Any] = {}
+        backend.no_truncation()
+        backend.no_padding()
+        for name, text in self.special_tokens.items():
+            if backend.token_to_id(text) is None:
+                raise ValueError(f"tokenizer: {name} {text!r} is not in the vocabulary")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; a model's vocabulary may be padded beyond it."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._special_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._special_id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._special_id("pad_token")
+
+    def _special_id(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self.backend.token_to_id(text)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a token as it stands in the vocabulary, None if it is not there."""
+        return self.backend.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens written out in it are recognised.
+
+        add_special_tokens: also add what tokenizer.json's post-processor puts around a text, such
+        as a begin-of-text token. Leave it off for rendered chats, which hold all of theirs.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"encode: expected a string, found {type(text).__name__}")
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of `ids` (any sequence of ints, a 1-D tensor included); U+FFFD for broken UTF-8.
+
+        Ids between the tokenizer's and the model's vocabulary size, which training never uses,
+        decode to nothing.
+        """
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Render a conversation as the text the model was trained on.
+
+        messages: dicts with "role" and "content", and "reasoning_content" or "tool_calls" where the
+            template knows them.
+        add_generation_prompt: end with the header of the assistant's turn.
+        variables: further names the template reads; they win over the special tokens' names.
+
+        Raises `ChatTemplateError` when there is no template or it refuses the messages.
+        """
+        name = "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default"
+        if name not in self.chat_templates:
+            have = ", ".join(sorted(self.chat_templates)) or "none"
+            raise ChatTemplateError(f"no chat template named {name!r}; the checkpoint has: {have}")
+        if name not in self._compiled:
+            self._compiled[name] = compile_template(self.chat_templates[name])
+        return render_template(
+            self._compiled[name],
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            variables={**self.special_tokens, **variables},
+        )
+
+    def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a rendered conversation; takes what `apply_chat_template` takes."""
+        text = self.apply_chat_template(messages, **options)
+        return self.encode(text, add_special_tokens=False)
+
+
+def load_tokenizer(path_or_repo_id: str | Path, revision: str | None = None) -> Tokenizer:
+    """Read the tokenizer of a local checkpoint folder or a hub repository.
+
+    Files: tokenizer.json (required); tokenizer_config.json for special tokens and `chat_template`
+    (a string, or a list of named templates); special_tokens_map.json where the config names no
+    special tokens; chat_template.jinja, and additional_chat_templates/*.jinja beside it, which win
+    over the config's templates. `add_bos_token` and `add_eos_token` of the config have no effect
+    beside a tokenizer.json, as in transformers: its post-processor says what is added.
+
+    Raises `CheckpointError` when the folder or repository cannot be had, `ValueError` when a file
+    is missing or unreadable.
+    """
+    from ..checkpoint.hub import resolve
+
+    folder = resolve(path_or_repo_id, revision=revision, weights=False)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: there is no tokenizer.json")
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the wheel raises bare Exception for every fault of the file
+        raise ValueError(f"{path}: {error}") from error
+    config = _read_json(folder / "tokenizer_config.json")
+    special = {
+        **_special_tokens(_read_json(folder / "special_tokens_map.json")),
+        **_special_tokens(config),
+    }
+    return Tokenizer(
+        backend,
+        chat_templates=_chat_templates(folder, config.get("chat_template")),
+        special_tokens=special,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _special_tokens(values: dict[str, Any]) -> dict[str, str]:
+    """Special tokens are written as a string or as an object with the string under "content"."""
+    found = {}
+    for name in SPECIAL_NAMES:
+        value = values.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _chat_templates(folder: Path, in_config: Any) -> dict[str, str]:
+    files = {"default": folder / "chat_template.jinja"}
+    extra = folder / "additional_chat_templates"
+    files |= {path.stem: path for path in sorted(extra.glob("*.jinja"))}
+    read = {
+        name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()
+    }
+    if read:
+        return read
+    if in_config is None:
+        return {}
+    if isinstance(in_config, str):
+        return {"default": in_config}
+    try:
+        return {entry["name"]: entry["template"] for entry in in_config}
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"{folder}/tokenizer_config.json: chat_template is neither a string nor a list of "
+            "named templates"
+        ) from error
