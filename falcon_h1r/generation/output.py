@@ -1,0 +1,119 @@
+"""What generation hands back: one `Step` at a time, and a `GenerateOutput` of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .params import SamplingParams
+
+
+class Step(NamedTuple):
+    """One new token in every sequence that was still running. Tensors are on the CPU.
+
+    position: index of these tokens in their sequences. sequences: (r,) int64, which sequence each
+    entry belongs to. tokens: (r,) int64. logprobs: (r,), or None if no prompt asked; top_ids,
+    top_logprobs: (r, k), likeliest first, or None. finished: sequence -> finish reason, of those
+        that end here.
+    text: sequence -> text that became certain with this token; empty without a tokenizer.
+    """
+
+    position: int
+    sequences: Tensor
+    tokens: Tensor
+    logprobs: Tensor | None
+    top_ids: Tensor | None
+    top_logprobs: Tensor | None
+    finished: dict[int, str]
+    text: dict[int, str]
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """The sequences of a batch: prompt i's sample j at index i*n + j of every list.
+
+    sequences: 1-D int64 tensors, prompt excluded, stop token included.
+    finish_reasons: "stop" (a stop token), "stop_string", "length", "interrupted" (iteration was
+        left early), or the reason given to `Stream.end`.
+    logprobs: 1-D tensors, one number per token, None for prompts that did not ask; top_logprobs:
+        (ids, values) of shape (tokens, k) each. None altogether if no prompt asked.
+    texts: decoded without the stop token and before the stop string; None without a tokenizer.
+    seeds: of each sequence; prompt_lengths: tokens of each sequence's prompt.
+    """
+
+    sequences: list[Tensor]
+    finish_reasons: list[str]
+    logprobs: list[Tensor | None] | None
+    top_logprobs: list[tuple[Tensor, Tensor] | None] | None
+    texts: list[str] | None
+    seeds: list[int]
+    prompt_lengths: list[int]
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of all sequences together."""
+        return sum(len(sequence) for sequence in self.sequences)
+
+
+def collect(
+    steps: list[Step],
+    params: Sequence[SamplingParams],
+    seeds: list[int],
+    prompt_lengths: list[int],
+    ended: dict[int, str],
+    tokenizer,
+) -> GenerateOutput:
+    """Put the steps so far together; params, seeds and prompt_lengths: one per sequence."""
+    count = len(seeds)
+    owners = torch.cat([step.sequences for step in steps]) if steps else torch.zeros(0).long()
+    order = owners.argsort(stable=True)
+    sizes = owners.bincount(minlength=count).tolist()
+
+    def per_sequence(name: str) -> list[Tensor] | None:
+        parts = [getattr(step, name) for step in steps]
+        if not parts or parts[0] is None:
+            return None
+        return list(torch.cat(parts)[order].split(sizes))
+
+    def wanted(values: list[Tensor] | None, want) -> list[Tensor | None] | None:
+        if not any(want(p) for p in params):
+            return None
+        values = [torch.zeros(0)] * count if values is None else values
+        return [value if want(p) else None for value, p in zip(values, params)]
+
+    reasons = {sequence: why for step in steps for sequence, why in step.finished.items()}
+    sequences = per_sequence("tokens") or [torch.zeros(0, dtype=torch.int64)] * count
+    top_ids, top_values = per_sequence("top_ids"), per_sequence("top_logprobs")
+    tops = None
+    if any(p.alternatives for p in params):
+        tops = [None] * count
+        if top_ids is not None:
+            tops = [
+                (ids[:, : p.alternatives], values[:, : p.alternatives]) if p.alternatives else None
+                for ids, values, p in zip(top_ids, top_values, params)
+            ]
+    texts = None
+    if tokenizer is not None:
+        pieces: list[list[str]] = [[] for _ in range(count)]
+        for step in steps:
+            for sequence, piece in step.text.items():
+                pieces[sequence].append(piece)
+        # An unfinished sequence may have text held back: what its tokens say is the whole of it.
+        texts = [
+            "".join(pieces[i]) if i in reasons else tokenizer.decode(sequences[i].tolist())
+            for i in range(count)
+        ]
+    reasons = {**ended, **reasons}
+    return GenerateOutput(
+        sequences=sequences,
+        finish_reasons=[reasons.get(i, "interrupted") for i in range(count)],
+        logprobs=wanted(per_sequence("logprobs"), lambda p: p.wants_logprobs),
+        top_logprobs=tops,
+        texts=texts,
+        seeds=list(seeds),
+        prompt_lengths=list(prompt_lengths),
+    )
