@@ -1,0 +1,54 @@
+"""`falcon-h1r info`: what a model is made of and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from .common import DEFAULT_MODEL, DTYPES, counting, locate
+
+
+def add_to(commands) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="parameters, memory and work of a model",
+        description="Parameters, memory and work per token of a model, from its config alone.",
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        metavar="PRESET_OR_PATH",
+        help="a preset such as falcon-h1r-7b, a checkpoint folder or a hub repository; "
+        "default: the embedded h1r-pico",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument(
+        "--context", type=counting, nargs="+", metavar="N", help="context lengths in tokens"
+    )
+    parser.add_argument(
+        "--traces", type=counting, nargs="+", metavar="N", help="numbers of sequences side by side"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..checkpoint import read_config
+    from ..config import PRESETS, FalconH1Config
+    from ..cost import render, sheet
+
+    if args.model in PRESETS:
+        if args.revision is not None:
+            raise ValueError(f"--revision: the preset {args.model} has none")
+        config = FalconH1Config.preset(args.model)
+    else:
+        config = read_config(locate(args.model, args.revision), args.revision)
+    options = {"contexts": args.context, "traces": args.traces}
+    options = {name: tuple(value) for name, value in options.items() if value is not None}
+    values = sheet(config, getattr(torch, args.dtype), **options)
+    print(json.dumps({"model": args.model, **values}) if args.json else render(args.model, values))
+    return 0
