@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("repository", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("repository", deadline=None, derandomize=True, max_examples=20)
 settings.load_profile("repository")
 
 

@@ -220,24 +220,34 @@ def test_a_default_length_is_cut_to_what_fits(capsys, checkpoint):
     assert status == 0 and document["params"]["max_new_tokens"] == 160 - document["prompt_tokens"]
 
 
+def parsed(folder):
+    return build_parser().parse_args(["generate", "x", "--model", str(folder)])
+
+
 def test_weights_are_read_in_the_dtype_they_are_stored_in(checkpoint, tmp_path):
     narrow = tmp_path / "narrow"
     tiny_model(torch.bfloat16).save_pretrained(narrow)
-    args = build_parser().parse_args(["generate", "x"])
     for folder, expected in ((checkpoint, torch.float32), (narrow, torch.bfloat16)):
-        assert common.load_model(args, folder).dtype == expected
+        assert common.load_model(parsed(folder)).dtype == expected
 
 
 def test_loading_shows_a_bar_on_a_terminal_only(checkpoint, monkeypatch):
-    args = build_parser().parse_args(["generate", "x"])
     for screen, shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", screen)
-        common.load_model(args, checkpoint)
+        common.load_model(parsed(checkpoint))
         assert ("loading" in screen.getvalue()) == shown
 
 
+def test_bad_options_are_found_before_weights_are_read(capsys, checkpoint, monkeypatch):
+    def no_weights(args):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(common, "load_model", no_weights)
+    assert run(capsys, "generate", "x", "--model", checkpoint, "--top-p", "2")[0] == 2
+
+
 def test_thinking_is_dimmed_on_a_terminal_and_raw_elsewhere():
-    text = "<think>\nwhy\n</think>\n\nanswer"
+    text = "<think>\nwhy\n</think>\n\nanswer<think>so</think>end"
     screen, file = Terminal(), io.StringIO()
     for out in (screen, file):
         display = common.Display(out, opened=False)
@@ -246,8 +256,8 @@ def test_thinking_is_dimmed_on_a_terminal_and_raw_elsewhere():
         display.close(text)
     assert file.getvalue() == text + "\n"
     plain = screen.getvalue().replace("\x1b[2m", "").replace("\x1b[0m", "")
-    assert plain == "why\n\nanswer\n"
-    assert "\x1b[2mw\x1b[0m" in screen.getvalue() and screen.getvalue().endswith("answer\n")
+    assert plain == "why\n\nanswer\n\nso\n\nend\n"
+    assert "\x1b[2mw\x1b[0m" in screen.getvalue() and screen.getvalue().endswith("end\n")
 
 
 def test_an_interrupt_keeps_what_there_is(capsys, checkpoint, monkeypatch):

@@ -86,6 +86,13 @@ def test_a_turn_whose_reasoning_is_dropped_goes_on_from_its_prompt(checkpoint):
     assert third.reused == 0 and third.ids == first.ids
 
 
+def test_long_prompts_are_read_in_pieces(checkpoint, monkeypatch):
+    whole, first = talk(conversation(checkpoint), "hello hello")
+    monkeypatch.setattr("falcon_h1r.commands.common.PREFILL_CHUNK", 7)
+    pieces, second = talk(conversation(checkpoint), "hello hello")
+    assert len(first.ids) > 14 and first.ids == second.ids and whole.texts == pieces.texts
+
+
 def test_an_interrupted_answer_stays_and_the_next_turn_is_right(checkpoint):
     chat = conversation(checkpoint)
     answer = chat.ask("hello")
@@ -142,12 +149,13 @@ def test_chat_answers_line_by_line_until_the_input_ends(capsys, checkpoint, monk
 
 
 def test_chat_commands(capsys, checkpoint, monkeypatch):
-    lines = "hello\n/reset\nhello\n/system Be\nhello\n/dance\n/exit\nnever\n"
+    lines = "hello\n/reset\nhello\n/system Be\nhello\n/reset\nhello\n/system\nhello\n/dance\n"
+    lines += "/exit\nnever\n"
     status, out, err = chat_session(capsys, monkeypatch, checkpoint, lines)
     turns = [line for line in err.splitlines() if "from the cache" in line]
-    assert status == 0 and len(turns) == 3
+    assert status == 0 and len(turns) == 5
     prompts = [int(line.split("prompt ")[1].split()[0]) for line in turns]
-    assert prompts[0] == prompts[1] < prompts[2]
+    assert prompts[0] == prompts[1] == prompts[4] < prompts[2] == prompts[3]
     assert "unknown command /dance" in err
     with_option = chat_session(capsys, monkeypatch, checkpoint, "hello\n", "--system", "Be")[2]
     assert f"prompt {prompts[2]} tokens" in with_option

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from . import common
 
-HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends"
+HELP = "/system TEXT sets the system message (nothing: none), /reset forgets all turns, /exit ends"
 
 
 def add_to(commands) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     request = common.prepare(args)
     if not request.tokenizer.chat_templates:
         raise ValueError("chat: this checkpoint has no chat template")
-    model = common.load_model(args, request.folder)
+    model = common.load_model(args)
     chat = Conversation(
         model, request.tokenizer, request.params, request.max_new_given, args.system
     )
@@ -53,8 +53,10 @@ def run(args: argparse.Namespace) -> int:
         if line == "/reset":
             chat.reset()
         elif line == "/system" or line.startswith("/system "):
-            chat.reset(line.removeprefix("/system").strip() or None)
-            print("[system message set, conversation forgotten]", file=sys.stderr)
+            chat.system = line.removeprefix("/system").strip() or None
+            chat.reset()
+            done = "removed" if chat.system is None else "set"
+            print(f"[system message {done}, conversation forgotten]", file=sys.stderr)
         elif line.startswith("/"):
             print(f"unknown command {line.split()[0]}; {HELP}", file=sys.stderr)
         elif line:
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _turn(chat: Conversation, line: str) -> None:
+    start = first = time.perf_counter()
     try:
         answer = chat.ask(line)
     except ValueError as error:  # such as a conversation longer than the model's positions
@@ -71,7 +74,6 @@ def _turn(chat: Conversation, line: str) -> None:
         print("[interrupted while reading the prompt]", file=sys.stderr)
         return
     display = common.Display(sys.stdout, answer.opened)
-    start = first = time.perf_counter()
     try:
         for step in answer.run:
             if step.position == 0:
@@ -116,11 +118,14 @@ class Conversation:
     def __init__(self, model, tokenizer, params, max_new_given: bool, system: str | None):
         self._model, self._tokenizer = model, tokenizer
         self._params, self._max_new_given = params, max_new_given
-        self.reset(system)
+        self.system = system
+        self.reset()
 
-    def reset(self, system: str | None = None) -> None:
-        """Forget everything; start with a system message, if any."""
-        self._messages = [] if system is None else [{"role": "system", "content": system}]
+    def reset(self) -> None:
+        """Forget all turns; the next one starts with the system message, if there is one."""
+        self._messages = []
+        if self.system is not None:
+            self._messages = [{"role": "system", "content": self.system}]
         self._kept: list[tuple[list[int], object]] = []
         self._turns = 0
 
@@ -187,7 +192,7 @@ class Conversation:
     def _read(self, ids: list[int], cache) -> None:
         import torch
 
-        if ids:
-            with torch.no_grad():
-                tokens = torch.tensor([ids], device=self._model.device)
-                self._model(tokens, cache=cache, logits_to_keep=1)
+        with torch.no_grad():
+            for start in range(0, len(ids), common.PREFILL_CHUNK):
+                piece = torch.tensor([ids[start : start + common.PREFILL_CHUNK]])
+                self._model(piece.to(self._model.device), cache=cache, logits_to_keep=1)

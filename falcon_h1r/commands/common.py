@@ -16,6 +16,8 @@ DEFAULT_MODEL = "h1r-pico"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Without a word from the user or the checkpoint: enough for a short trace, cut to what fits.
 MAX_NEW_TOKENS = 1024
+# Prompt tokens per forward: bounds the memory of a long prompt, a shorter one is read in one piece.
+PREFILL_CHUNK = 4096
 # Options whose default a checkpoint's generation_config.json may set.
 _FROM_CHECKPOINT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -75,9 +77,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Request(NamedTuple):
-    """A checkpoint's folder, tokenizer and sampling defaults: all that is cheap, checked first."""
+    """A checkpoint's tokenizer and sampling defaults: all that is cheap, checked first."""
 
-    folder: Path
     tokenizer: Tokenizer
     params: SamplingParams
     max_new_given: bool
@@ -93,7 +94,7 @@ def prepare(args: argparse.Namespace, **options) -> Request:
     from ..generation import SamplingParams
     from ..text import load_tokenizer
 
-    folder = resolve(locate(args.model, args.revision), args.revision)
+    folder = resolve(locate(args.model, args.revision), args.revision, weights=False)
     config, stored = read_config(folder), read_generation_config(folder)
     tokenizer = load_tokenizer(folder)
     for name in _FROM_CHECKPOINT:
@@ -120,7 +121,7 @@ def prepare(args: argparse.Namespace, **options) -> Request:
         stop_token_ids=tuple(sorted(ends - {None})),
         **options,
     )
-    return Request(folder, tokenizer, params, given)
+    return Request(tokenizer, params, given)
 
 
 def locate(model: str, revision: str | None = None) -> str | Path:
@@ -135,13 +136,14 @@ def locate(model: str, revision: str | None = None) -> str | Path:
     return folder
 
 
-def load_model(args: argparse.Namespace, folder: Path):
+def load_model(args: argparse.Namespace):
     """Read the weights, with a progress bar on stderr if that is a terminal."""
     import torch
 
-    from ..checkpoint import inspect, load
+    from ..checkpoint import inspect, load, resolve
     from ..ops import TABLES
 
+    folder = resolve(locate(args.model, args.revision), args.revision)
     # A_log, D and dt_bias may be stored wider than the model; the embedding has the model's dtype.
     stored = {info.name: info.dtype for info in inspect(folder)}.get("model.embed_tokens.weight")
     dtype = stored if args.dtype is None else getattr(torch, args.dtype)
@@ -207,7 +209,7 @@ class Display:
     def _show(self, pieces) -> None:
         for kind, text in pieces:
             if self._last not in (None, kind):
-                self._put("\n\n")
+                text = "\n\n" + text.removeprefix("\n\n")
             self._last = kind
             self._put(f"{_DIM}{text}{_NORMAL}" if kind == "thinking" else text)
 

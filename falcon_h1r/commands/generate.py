@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             messages.insert(0, {"role": "system", "content": args.system})
         rendered = tokenizer.apply_chat_template(messages)
         ids = tokenizer.encode(rendered, add_special_tokens=False)
-    model = common.load_model(args, request.folder)
+    model = common.load_model(args)
     limit = model.config.max_position_embeddings
     params = common.fit(request.params, request.max_new_given, len(ids), limit)
     return _generate(args, model, tokenizer, rendered, ids, params)
@@ -83,7 +83,7 @@ def _read_prompt(argument: str | None) -> str:
 def _generate(args, model, tokenizer, rendered: str, ids: list[int], params) -> int:
     from ..generation import stream
 
-    run = stream(model, [ids], params, tokenizer=tokenizer)
+    run = stream(model, [ids], params, tokenizer=tokenizer, prefill_chunk=common.PREFILL_CHUNK)
     # Several samples grow side by side: they are shown one after the other when all are done.
     display = None
     if not args.json and params.n == 1:

@@ -29,7 +29,7 @@ from .params import SamplingParams
 _STEP, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 # Probabilities become integers of this scale; a vocabulary's worth of them stays exact in float64.
 _SCALE = 2**52
-# Stands for temperature 0: any difference between two float32 logits, divided by it, leaves the lower
+# Stands for temperature 0: a difference between two float32 logits, divided by it, leaves the lower
 # one a probability of 0.
 _COLDEST = 1e-290
 # So many of the likeliest tokens are sorted before the whole vocabulary is.
@@ -116,13 +116,10 @@ def filter_top_p(logits_rv: Tensor, top_p_r: Tensor) -> Tensor:
     goal_r = top_p_r.double() * weights.sum(1)
     head = weights.topk(min(_HEAD, weights.shape[1]), dim=1).values
     threshold_r = _crossing(head, goal_r)
-    # Sorting a large vocabulary is the dear part, and a head of it nearly always reaches top_p. Sums
-    # are exact, so the answer is the same; on other devices the question would cost more than it
-    # saves.
+    # Sorting a large vocabulary is the dear part, and its head nearly always reaches top_p; sums
+    # are exact, so the answer is the same.
     beyond = (head.sum(1) < goal_r) & (top_p_r < 1)
-    if weights.device.type != "cpu":
-        threshold_r = _crossing(weights.sort(dim=1, descending=True).values, goal_r)
-    elif bool(beyond.any()):
+    if bool(beyond.any()):
         ordered = weights[beyond].sort(dim=1, descending=True).values
         threshold_r[beyond] = _crossing(ordered, goal_r[beyond])
     threshold_r = threshold_r.where(top_p_r < 1, 0)

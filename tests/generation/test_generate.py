@@ -148,21 +148,33 @@ def test_rows_may_differ_in_every_parameter():
     assert together.top_logprobs[1][0].shape == (4, 2)
 
 
-def test_penalties_count_prompt_and_output_as_defined():
+@pytest.mark.parametrize(
+    "how", [(1.5, 0.0, 0.0), (1.0, 0.5, 0.25), (0.9, -0.5, 0.0), (1.5, 0.5, 0.25)], ids=str
+)
+def test_penalties_count_prompt_and_output_as_defined(how):
     """Replayed from the logits of full forwards, in Python."""
-    model, ids = tiny_model(), PROMPTS[2]
-    how = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.25}
-    found = tokens(generate(model, [ids], params(**how)))[0]
+    model, ids, new = tiny_model(), PROMPTS[0], 40
+    repetition, presence, frequency = how
+    out = generate(
+        model,
+        [ids],
+        params(
+            repetition_penalty=repetition,
+            presence_penalty=presence,
+            frequency_penalty=frequency,
+            max_new_tokens=new,
+        ),
+    )
     expected: list[int] = []
-    for _ in range(NEW):
+    for _ in range(new):
         with torch.no_grad():
             logits = model(torch.tensor([[*ids, *expected]]))[0, -1].tolist()
         for token in {*ids, *expected}:
-            logits[token] = logits[token] * 1.5 if logits[token] < 0 else logits[token] / 1.5
+            logits[token] *= repetition if logits[token] < 0 else 1 / repetition
         for token in set(expected):
-            logits[token] -= 0.5 + 0.25 * expected.count(token)
+            logits[token] -= presence + frequency * expected.count(token)
         expected.append(max(range(len(logits)), key=logits.__getitem__))
-    assert found == expected
+    assert tokens(out) == [expected]
 
 
 def test_a_stop_token_ends_its_row_and_is_kept():

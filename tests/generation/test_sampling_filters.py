@@ -103,6 +103,20 @@ def test_top_p_never_empties_a_row_and_counts_only_what_is_left():
     assert kept(filter_top_p(left, torch.tensor([0.58]))) == [[0, 1]]
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_top_p_of_a_large_vocabulary_agrees_with_transformers(spread):
+    """Flat rows need more tokens than are sorted first, peaked ones fewer; a batch has both."""
+    generator = torch.Generator().manual_seed(8)
+    scale = torch.tensor([spread, 3.0, 0.5, 6.0]).double()[:, None]
+    logits = scale * torch.randn(4, 5000, generator=generator, dtype=torch.float64)
+    top_p = torch.tensor([0.9, 0.5, 1.0, 0.99]).double()
+    out = filter_top_p(logits, top_p)
+    for row in range(4):
+        theirs = TopPLogitsWarper(float(top_p[row]))(None, logits[row : row + 1].clone())
+        assert torch.equal(out[row : row + 1], theirs) or top_p[row] == 1
+    assert torch.equal(out[2], logits[2])
+
+
 def test_min_p_is_relative_to_the_likeliest():
     logits = probabilities(*[[0.5, 0.26, 0.24, 1e-9]] * 4)
     out = filter_min_p(logits, torch.tensor([0.0, 0.5, 0.1, 1.0]))
