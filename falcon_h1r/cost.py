@@ -101,11 +101,13 @@ def sheet(
     dtype: torch.dtype = torch.bfloat16,
     contexts: tuple[int, ...] = (2048, 32768, 262144),
     traces: tuple[int, ...] = (1, 16, 64, 512),
+    bandwidth: float | None = None,
 ) -> dict[str, Any]:
     """The whole cost sheet as plain JSON values; `render` prints it.
 
     decode[i]: one step of `traces` sequences at `context` tokens: memory held, bytes moved by part,
-    FLOPs, and FLOPs per byte moved.
+    FLOPs, FLOPs per byte moved and, with a memory bandwidth in bytes per second, the most steps per
+    second that it allows.
     """
     for name, values in (("contexts", contexts), ("traces", traces)):
         if not values or min(values) < 1:
@@ -117,17 +119,18 @@ def sheet(
             moved = decode_bytes(config, context, count, dtype)
             flops = count * decode_flops(config, context)["total"]
             held = count * (kv_bytes(config, context, dtype) + sum(states.values()))
-            rows.append(
-                {
-                    "context": context,
-                    "traces": count,
-                    "cache_bytes": held,
-                    "memory_bytes": weights + held,
-                    "moved_bytes": moved,
-                    "flops": flops,
-                    "flops_per_byte": flops / moved["total"],
-                }
-            )
+            row = {
+                "context": context,
+                "traces": count,
+                "cache_bytes": held,
+                "memory_bytes": weights + held,
+                "moved_bytes": moved,
+                "flops": flops,
+                "flops_per_byte": flops / moved["total"],
+            }
+            if bandwidth is not None:
+                row["steps_per_second"] = bandwidth / moved["total"]
+            rows.append(row)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": parameter_counts(config),
@@ -139,8 +142,8 @@ def sheet(
     }
 
 
-def render(name: str, values: dict[str, Any], bandwidth: float | None = None) -> str:
-    """The sheet as text; bandwidth: bytes per second, adds the step rate it allows at most."""
+def render(name: str, values: dict[str, Any]) -> str:
+    """The values of `sheet` as text."""
     parameters = values["parameters"]
     parts = ", ".join(f"{k} {v:,}" for k, v in parameters.items() if k != "total" and v)
     states = values["state_bytes_per_trace"]
@@ -165,7 +168,8 @@ def render(name: str, values: dict[str, Any], bandwidth: float | None = None) ->
         "GFLOP",
         "FLOP/B",
     ]
-    rows = [header + (["steps/s <="] if bandwidth else [])]
+    bounded = "steps_per_second" in values["decode"][0]
+    rows = [header + (["steps/s <="] if bounded else [])]
     for row in values["decode"]:
         moved = row["moved_bytes"]
         cells = [
@@ -177,7 +181,7 @@ def render(name: str, values: dict[str, Any], bandwidth: float | None = None) ->
             f"{row['flops'] / 1e9:,.1f}",
             f"{row['flops_per_byte']:.1f}",
         ]
-        rows.append(cells + ([f"{bandwidth / moved['total']:,.1f}"] if bandwidth else []))
+        rows.append(cells + ([f"{row['steps_per_second']:,.2f}"] if bounded else []))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
     return "\n".join(lines)

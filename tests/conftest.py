@@ -1,4 +1,4 @@
-"""For all tests: fixed seeds, hypothesis without luck or clocks, and uninitialised memory made of NaN."""
+"""For all tests: fixed seeds, hypothesis without luck or clocks, uninitialised memory of NaN."""
 
 import functools
 

@@ -1,6 +1,7 @@
 """How far the package and transformers are from the float64 forward, on the tiny random models.
 
-Shared by `test_parity.py`, which judges the numbers, and `tools/parity_table.py`, which prints them.
+Shared by `test_parity.py`, which judges the numbers, and `tools/parity_table.py`, which prints
+them.
 """
 
 from typing import NamedTuple
@@ -26,8 +27,8 @@ class Distances(NamedTuple):
 def rounded_model(variant: str, dtype: torch.dtype, seed: int):
     """A model in `dtype` whose every parameter, A_log, D and dt_bias too, is a value of `dtype`.
 
-    So the float64 forward, ours and transformers', which keeps those three in `dtype`, all start from
-    the same numbers, as they do with a released bfloat16 checkpoint.
+    So the float64 forward, ours and transformers', which keeps those three in `dtype`, all start
+    from the same numbers, as they do with a released bfloat16 checkpoint.
     """
     model = make_model(make_config(variant), seed=seed)
     with torch.no_grad():

@@ -1,9 +1,10 @@
 """The cache as a value: forking, picking, going back, files, and what it refuses.
 
-Continuations from an equal cache are compared bit for bit where shapes and strides are the same, and to
-1e-12 in float64 where they differ.
+Continuations from an equal cache are compared bit for bit where shapes and strides are the same,
+and to 1e-12 in float64 where they differ.
 """
 
+import functools
 import json
 import re
 
@@ -23,11 +24,10 @@ BOUND = 1e-12
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bf16"])
 
 
+@functools.cache
 def make(dtype=torch.float64, **changes):
+    """A model that tests share: they must not change it."""
     return make_model(make_config(**changes), dtype=dtype)
-
-
-MODEL = make()
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def ragged_cache(model, max_length=40, lengths=(5, 12, 1)):
 
 @torch.no_grad()
 def continuation(model, cache, steps=4, seed=7, rows=None):
-    """Logits of a stretch and some steps, with other tokens in every row (`rows` of a wider draw)."""
+    """Logits of a stretch and some steps, other tokens in every row (`rows` of a wider draw)."""
     ids = random_ids(model.config, 9, 3 + steps, seed=seed)
     ids = ids[: cache.batch_size] if rows is None else ids[rows]
     pieces = [ids[:, :3], *ids[:, 3:].split(1, dim=1)]
@@ -101,7 +101,8 @@ def test_expanded_rows_go_on_like_their_origin_and_apart_from_each_other(dtype):
 
 @given(rows=st.lists(st.integers(0, 2), min_size=1, max_size=6), as_tensor=st.booleans())
 def test_select_is_indexing(rows, as_tensor):
-    model, cache = MODEL, ragged_cache(MODEL)
+    model = make()
+    cache = ragged_cache(model)
     picked = cache.select(torch.tensor(rows) if as_tensor else rows)
     for name in TENSORS:
         assert torch.equal(getattr(picked, name), getattr(cache, name)[:, rows])
@@ -199,8 +200,8 @@ def test_a_full_cache_names_numbers_and_stays_as_it_is():
 
 @torch.no_grad()
 def test_what_stands_behind_a_row_does_not_matter():
-    """Slots beyond the longest row are never read: NaN there is harmless. Slots between a shorter row's
-    end and the longest row are read with weight 0: any finite value is harmless, to the last bit."""
+    """Slots beyond the longest row are never read: NaN there is harmless. Slots between a shorter
+    row's end and the longest row are read with weight 0: any finite value is harmless."""
     model = make()
     clean = ragged_cache(model)
     dirty = copy_of(clean)
@@ -291,7 +292,10 @@ def test_fingerprint_is_of_names_values_and_config():
     model = make()
     assert fingerprint(model) == fingerprint(same_weights(model))
     swapped = same_weights(model)
-    norms = [swapped.model["layers"][0].input_layernorm, swapped.model["layers"][0].pre_ff_layernorm]
+    norms = [
+        swapped.model["layers"][0].input_layernorm,
+        swapped.model["layers"][0].pre_ff_layernorm,
+    ]
     norms[0].weight.data, norms[1].weight.data = norms[1].weight.data, norms[0].weight.data
     assert fingerprint(swapped) != fingerprint(model)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_cli import Terminal, expected_text, interrupting, run, tiny_model, write_checkpoint
 
+from falcon_h1r import FalconH1ForCausalLM
 from falcon_h1r.cli import build_parser
 from falcon_h1r.commands import common
 from falcon_h1r.text import load_tokenizer
@@ -58,6 +59,7 @@ def test_help_names_every_command_and_option(capsys):
         (["generate", "x", "--revision", "main"], "revision"),
         (["chat", "--min-p", "2"], "min_p is 2.0"),
         (["info", "--context", "0"], "0 is below 1"),
+        (["info", "falcon-h1r-7b", "--bandwidth", "0"], "--bandwidth is 0.0"),
     ],
 )
 def test_refusals_are_one_line_on_stderr_and_status_2(capsys, checkpoint, argv, message):
@@ -318,4 +320,19 @@ def test_info_prints_a_sheet_or_json(capsys, checkpoint):
     document = json.loads(out)
     assert status == 0 and document["dtype"] == "float32"
     assert [row["context"] for row in document["decode"]] == [10, 20]
+    _, out, _ = run(capsys, "info", checkpoint, "--json", "--traces", "3", "--bandwidth", "100")
+    row = json.loads(out)["decode"][0]
+    assert row["steps_per_second"] == pytest.approx(100e9 / row["moved_bytes"]["total"])
     assert run(capsys, "info", "falcon-h1r-7b", "--revision", "main")[0] == 2
+
+
+def test_check_refuses_weights_that_are_not_finite(capsys, tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    model = FalconH1ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.model["layers"][1].mamba.out_proj.weight[2, 3] = torch.nan
+    model.save_pretrained(folder)
+    argv = ["generate", "hello", "--model", folder, "--max-new-tokens", "2"]
+    status, out, err = run(capsys, *argv, "--check")
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert "model.layers.1.mamba.out_proj.weight" in err and "nan" in err

@@ -142,7 +142,7 @@ def test_rope_theta_flat_nested_or_both():
         refused("contradicting rope_theta", **nested)
     refused("rope_parameters.*unknown.*factor", rope_parameters={"factor": 2.0})
     refused("rope_parameters.*'yarn'", rope_parameters="yarn")
-    with pytest.raises(ConfigError, match="missing.*rope_theta"):
+    with pytest.raises(ConfigError, match=r"missing.*rope_theta"):
         FalconH1Config.from_dict(flat | {"rope_parameters": {"rope_type": "default"}})
 
 
@@ -219,7 +219,7 @@ JSON = st.recursive(
 
 
 @settings(max_examples=300)
-@given(key=st.sampled_from(sorted(RELEASED) + ["rope_parameters", "time_step_limit"]), value=JSON)
+@given(key=st.sampled_from([*sorted(RELEASED), "rope_parameters", "time_step_limit"]), value=JSON)
 def test_any_json_value_gives_a_config_or_a_config_error(key, value):
     try:
         config = read(**{key: value})
@@ -302,7 +302,7 @@ def test_presets_name_their_sources():
     assert set(PRESETS) == set(PARAMETERS)
     for sources in PRESETS.values():
         assert all(source.grade in ("printed", "derived") and source.where for source in sources)
-    with pytest.raises(ConfigError, match="'falcon-9b'.*falcon-h1r-7b"):
+    with pytest.raises(ConfigError, match=r"'falcon-9b'.*falcon-h1r-7b"):
         FalconH1Config.preset("falcon-9b")
 
 

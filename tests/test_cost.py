@@ -86,9 +86,11 @@ def test_sheet_is_refused_without_sizes():
 
 def test_rendered_sheet_names_every_row():
     config = FalconH1Config.preset("falcon-h1r-7b")
-    values = cost.sheet(config, contexts=(4096,), traces=(1, 64))
-    text = cost.render("falcon-h1r-7b", values, bandwidth=1e12)
+    values = cost.sheet(config, contexts=(4096,), traces=(1, 64), bandwidth=1e12)
+    text = cost.render("falcon-h1r-7b", values)
     assert "7,585,648,736" in text and "44 KiB" in text and "132 MiB" in text
+    moved = cost.decode_bytes(config, 4096, 64, torch.bfloat16)["total"]
+    assert float(text.split()[-1]) == pytest.approx(1e12 / moved, abs=0.01)
     assert [line.split()[:2] for line in text.splitlines()[-2:]] == [
         ["4,096", "1"],
         ["4,096", "64"],

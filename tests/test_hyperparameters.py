@@ -1,8 +1,8 @@
 """Every hyperparameter matters: for each field of the configuration, something that fails if the
 package ignores it.
 
-Where a change leaves the shapes alone, the same weights must give other logits, and the ones that the
-plain-Python textbook gives for the changed configuration.
+Where a change leaves the shapes alone, the same weights must give other logits, and the ones that
+the plain-Python textbook gives for the changed configuration.
 """
 
 import dataclasses
@@ -227,9 +227,7 @@ def test_mamba_chunk_size_reaches_the_scan_and_changes_nothing_else():
         sizes.append(chunk_size)
         return TORCH.ssd_scan(*arguments, chunk_size=chunk_size, **options)
 
-    model = make_model(
-        make_config(), ops=TORCH._replace(ssd_scan=scan), dtype=torch.float64
-    )
+    model = make_model(make_config(), ops=TORCH._replace(ssd_scan=scan), dtype=torch.float64)
     ids = random_ids(model.config, 2, 30)
     logits = model(ids)
     for chunk_size in (1, 7, 29, 30, 31, 256):

@@ -1,39 +1,45 @@
-"""The model's promises about rows: padding, packing, splitting, causality, and refusal of bad input.
+"""The model's promises about rows: padding, packing, splitting, causality, bad input.
 
-Runs in float64 with a bound of 1e-12, a few thousand roundoffs, so that a difference is a mistake and
-not rounding; a token that leaks shows at a part in a hundred.
+Runs in float64 with a bound of 1e-12, a few thousand roundoffs, so that a difference is a mistake
+and not rounding; a token that leaks shows at a part in a hundred.
 """
+
+import functools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import VARIANTS, make_config, make_model, random_ids, relative_error
+from witness import make_witness
 
 from falcon_h1r.ops import REFERENCE, TORCH
 
 BOUND = 1e-12
 MODELS = {
-    name: make_model(make_config(variant), ops=ops, dtype=torch.float64)
-    for name, variant, ops in (
-        ("torch", "two_groups", TORCH),
-        ("reference", "two_groups", REFERENCE),
-        ("all_biases", "all_biases", TORCH),
-        ("finite_dt_limit", "finite_dt_limit", TORCH),
-        ("no_gated_norm", "no_gated_norm", TORCH),
-        ("multi_query_odd_chunk", "multi_query_odd_chunk", TORCH),
-    )
+    "torch": ("two_groups", TORCH),
+    "reference": ("two_groups", REFERENCE),
+    "all_biases": ("all_biases", TORCH),
+    "finite_dt_limit": ("finite_dt_limit", TORCH),
+    "no_gated_norm": ("no_gated_norm", TORCH),
+    "multi_query_odd_chunk": ("multi_query_odd_chunk", TORCH),
 }
 ANY_MODEL = pytest.mark.parametrize("name", MODELS)
-# One row: padding before, real tokens, padding after. Lengths reach over two chunks and three windows.
+# One row: padding before, real tokens, padding after. Lengths reach over two chunks.
 ROW = st.tuples(st.integers(0, 5), st.integers(0, 19), st.integers(0, 5))
 ROWS = st.lists(ROW, min_size=1, max_size=4).filter(lambda rows: any(real for _, real, _ in rows))
 
 
+@functools.cache
+def get_model(name: str):
+    variant, ops = MODELS[name]
+    return make_model(make_config(variant), ops=ops, dtype=torch.float64)
+
+
 def lay_out(rows, seed=1):
-    """ids and mask (b, longest) for rows of (before, real, after); padding holds random tokens too."""
+    """ids and mask (b, longest) for rows of (before, real, after); padding is random tokens."""
     length = max(sum(row) for row in rows)
-    ids = random_ids(MODELS["torch"].config, len(rows), length, seed=seed)
+    ids = random_ids(make_config(), len(rows), length, seed=seed)
     mask = torch.zeros_like(ids)
     for row, (before, real, _) in enumerate(rows):
         mask[row, before : before + real] = 1
@@ -44,7 +50,7 @@ def lay_out(rows, seed=1):
 @torch.no_grad()
 @given(rows=ROWS)
 def test_a_padded_row_gives_what_it_gives_alone(name, rows):
-    model = MODELS[name]
+    model = get_model(name)
     ids, mask = lay_out(rows)
     cache = model.new_cache(len(rows), ids.shape[1])
     logits, cached = model(ids, attention_mask=mask), model(ids, attention_mask=mask, cache=cache)
@@ -64,7 +70,7 @@ def test_a_padded_row_gives_what_it_gives_alone(name, rows):
 @given(first=ROWS, data=st.data())
 def test_ragged_batches_go_on_from_the_cache(name, first, data):
     """Padded prefill, then a padded stretch (rows may pause), then steps: each row as if alone."""
-    model = MODELS[name]
+    model = get_model(name)
     second = data.draw(
         st.lists(ROW, min_size=len(first), max_size=len(first)).filter(
             lambda rows: any(real for _, real, _ in rows)
@@ -94,7 +100,7 @@ def test_ragged_batches_go_on_from_the_cache(name, first, data):
 @torch.no_grad()
 @given(rows=ROWS, keep=st.integers(1, 25), masked=st.booleans())
 def test_logits_to_keep_counts_real_tokens(rows, keep, masked):
-    model = MODELS["torch"]
+    model = get_model("torch")
     ids, mask = lay_out(rows)
     if not masked:
         rows, mask = [(0, ids.shape[1], 0)] * len(rows), None
@@ -112,7 +118,7 @@ def test_logits_to_keep_counts_real_tokens(rows, keep, masked):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.float64])
 def test_masks_of_any_dtype(dtype):
-    model = MODELS["torch"]
+    model = get_model("torch")
     ids, mask = lay_out([(2, 5, 0), (0, 7, 0)])
     expected = model(ids, attention_mask=mask)
     assert torch.equal(model(ids, attention_mask=mask.to(dtype)), expected)
@@ -120,7 +126,7 @@ def test_masks_of_any_dtype(dtype):
 
 @torch.no_grad()
 def test_a_mask_of_ones_is_no_mask():
-    model = MODELS["torch"]
+    model = get_model("torch")
     ids = random_ids(model.config, 2, 11)
     assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)), model(ids))
 
@@ -130,7 +136,7 @@ def test_a_mask_of_ones_is_no_mask():
 @given(lengths=st.lists(st.integers(1, 19), min_size=1, max_size=6), data=st.data())
 def test_packed_documents_give_what_they_give_alone(name, lengths, data):
     """Numbers only have to differ from one document to the next: 7, 2, 7 are three documents."""
-    model = MODELS[name]
+    model = get_model(name)
     numbers = [data.draw(st.integers(-3, 9)) for _ in lengths]
     for i in range(1, len(numbers)):
         numbers[i] += numbers[i] == numbers[i - 1]
@@ -151,7 +157,7 @@ def test_packed_documents_give_what_they_give_alone(name, lengths, data):
 @given(pieces=st.lists(st.integers(1, 12), min_size=2, max_size=8))
 def test_prefill_in_any_pieces_is_one_prefill(name, pieces):
     """Pieces of one token are decode steps: also prefill followed by steps is the full forward."""
-    model = MODELS[name]
+    model = get_model(name)
     total = sum(pieces)
     ids = random_ids(model.config, 2, total)
     whole, parts = model.new_cache(2, total), model.new_cache(2, total)
@@ -167,7 +173,7 @@ def test_prefill_in_any_pieces_is_one_prefill(name, pieces):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_split_point_and_steps_behind_it(variant):
-    """For every k: prefill of k tokens, then single steps, gives the full forward (k = 0: steps only)."""
+    """For every k: prefill of k tokens, then steps, is the full forward (k = 0: steps only)."""
     model = make_model(make_config(variant), dtype=torch.float64)
     length = 11
     ids = random_ids(model.config, 2, length)
@@ -199,7 +205,7 @@ def silence(model, module: str):
     "silent", [None, "mamba.out_proj", "self_attn.o_proj"], ids=["both", "attention", "mamba"]
 )
 def test_causality(silent, ops, dtype):
-    """Another token at t changes no bit before t, and everything from t on, through either branch."""
+    """Another token at t changes no bit before t, and all from t on, through either branch."""
     model = make_model(make_config("all_biases"), ops=ops, dtype=dtype)
     if silent:
         silence(model, silent)
@@ -261,7 +267,7 @@ def test_gradients_stay_in_their_rows_and_documents():
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_input_is_refused_before_anything_happens(arguments, words):
-    model = MODELS["torch"]
+    model = get_model("torch")
     arguments = {"input_ids": random_ids(model.config, 2, 5), **arguments}
     if "cache" in arguments:
         arguments["cache"] = model.new_cache(int(arguments["cache"][-1]), 8)
@@ -274,7 +280,7 @@ def test_bad_input_is_refused_before_anything_happens(arguments, words):
 
 def test_a_cache_of_another_dtype_or_model_is_refused():
     """Writing float64 keys into a bfloat16 cache would round in silence."""
-    model = MODELS["torch"]
+    model = get_model("torch")
     ids = random_ids(model.config, 1, 3)
     narrow = make_model(make_config(), dtype=torch.bfloat16).new_cache(1, 8)
     other = make_model(make_config(num_hidden_layers=2), dtype=torch.float64).new_cache(1, 8)
@@ -285,8 +291,6 @@ def test_a_cache_of_another_dtype_or_model_is_refused():
 
 def test_parameters_are_the_checkpoints():
     """Names as in transformers, lm_head absent when tied, no buffers; fresh weights are finite."""
-    from witness import make_witness
-
     for variant in VARIANTS:
         model = make_model(make_config(variant))
         names = set(model.state_dict())

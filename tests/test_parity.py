@@ -1,10 +1,11 @@
 """The whole model against two witnesses: a plain-Python float64 forward, and transformers.
 
-The rule for every float32 comparison: the truth is the float64 forward, and our distance to it is at
-most twice that of transformers, an independent implementation in the same dtype and on the same
-weights. Twice, because two correct evaluation orders differ by chance; distances are root mean square,
-which a single element does not decide. In bfloat16 the factor is 1: there the policy of computing
-inner quantities in float32 must show. Absolute bounds come from the unit roundoff and are named.
+The rule for every float32 comparison: the truth is the float64 forward, and our distance to it is
+at most twice that of transformers, an independent implementation in the same dtype and on the same
+weights. Twice, because two correct evaluation orders differ by chance; distances are root mean
+square, which a single element does not decide. In bfloat16 the factor is 1: there the policy of
+computing inner quantities in float32 must show. Absolute bounds come from the unit roundoff and are
+named.
 """
 
 import re
@@ -120,12 +121,12 @@ def test_a_float64_model_computes_in_float64_only(variant, table):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_module_in_float32(variant):
-    """Both models have the same module names, and each name marks the same point of the computation.
+    """Both models have the same module names, and a name marks the same point in both.
 
     A multiplier acts in the parent, outside the hooked module, in both (attention_in before
-    self_attn's input, ssm_in inside mamba before in_proj, the others after the module). Not compared:
-    mamba.conv1d, whose weights both use without calling it, and lm_head, for the same reason in ours;
-    the logits stand for it.
+    self_attn's input, ssm_in inside mamba before in_proj, the others after the module). Not
+    compared: mamba.conv1d, whose weights both use without calling it, and lm_head, for the same
+    reason in ours; the logits stand for it.
     """
     model = make_model(make_config(variant))
     ids = random_ids(model.config, 2, 45)
@@ -136,7 +137,7 @@ def test_every_module_in_float32(variant):
     assert set(ours) == names | {""}
     ours["logits"], truth["logits"] = ours.pop(""), truth.pop("")
     witness["logits"] = witness.pop("").logits
-    for name in sorted(names - {"model.embed_tokens"}) + ["logits"]:
+    for name in [*sorted(names - {"model.embed_tokens"}), "logits"]:
         assert ours[name].dtype == torch.float32
         assert relative_error(ours[name], witness[name]) < FLOAT32_BOUND, name
         ours_error, witness_error = (rms_error(m[name], truth[name]) for m in (ours, witness))
@@ -161,7 +162,7 @@ def test_bfloat16_is_no_farther_from_float64_than_transformers(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_in_float32(variant):
-    """Judged per kind of parameter, all layers and four seeds together: A_log alone has 4 elements."""
+    """Judged per kind of parameter, all layers and seeds together: one A_log has 4 elements."""
     gradients = [defaultdict(list) for _ in range(3)]
     for seed in range(4):
         model = make_model(make_config(variant), seed=seed)
@@ -198,8 +199,8 @@ def greedy(model, ids: torch.Tensor, steps: int) -> torch.Tensor:
 def test_greedy_tokens_over_64_steps(variant):
     """Unpadded, because transformers is not right about padded rows in every configuration.
 
-    With a finite time_step_limit transformers forgets the limit in cached steps; there its own forward
-    over the whole sequence, which is right, says which token follows.
+    With a finite time_step_limit transformers forgets the limit in cached steps; there its own
+    forward over the whole sequence, which is right, says which token follows.
     """
     model = make_model(make_config(variant))
     witness = make_witness(model)

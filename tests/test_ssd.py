@@ -1,8 +1,8 @@
 """The SSD scan: four forms of one map, against the sum that the recurrence unrolls to.
 
-Float64 comparisons are exact up to 1e-12, a few thousand roundoffs; a wrong index or a missing decay is
-off by a part in ten. Float32 and bfloat16 are judged by the distance to float64, which is at most twice
-that of transformers' torch scan on the same inputs.
+Float64 comparisons are exact up to 1e-12, a few thousand roundoffs; a wrong index or a missing
+decay is off by a part in ten. Float32 and bfloat16 are judged by the distance to float64, which is
+at most twice that of transformers' torch scan on the same inputs.
 """
 
 import math
@@ -44,7 +44,7 @@ def make_seq_idx(b: int, l: int, seed: int = 0) -> torch.Tensor:
 
 
 def unrolled(x, dt, A, B, C, D=None, initial_state_bhpn=None, seq_idx_bl=None):
-    """y_t = sum over s <= t of exp(A (dt_s+1 + .. + dt_t)) (C_t . B_s) dt_s x_s, token pair by pair."""
+    """y_t = sum over s <= t of exp(A (dt_s+1 + .. + dt_t)) (C_t . B_s) dt_s x_s, pair by pair."""
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     y, state = torch.zeros_like(x), torch.zeros(b, h, p, n, dtype=x.dtype)
@@ -173,9 +173,7 @@ def test_an_impulse_decays_and_dt_zero_holds(form):
         assert relative_error(y[0, t], expected) < FLOAT64_BOUND
     start = normal(1, 2, 3, 5, seed=8)
     x = normal(1, l, 2, 3, seed=7)
-    y, state = FORMS[form](
-        x, torch.zeros_like(dt), A, B, C, chunk_size=8, initial_state_bhpn=start
-    )
+    y, state = FORMS[form](x, torch.zeros_like(dt), A, B, C, chunk_size=8, initial_state_bhpn=start)
     assert torch.equal(state, start)
     assert relative_error(y, torch.einsum("bhpn,blgn->blhp", start, C)) < FLOAT64_BOUND
 
@@ -342,7 +340,7 @@ def test_wrong_shapes_are_refused(form):
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of tensors that operators made and that are still alive: the peak, and the largest one."""
+    """Bytes of tensors that operators made and that are alive: the peak, and the largest one."""
 
     def __init__(self, inputs):
         super().__init__()
@@ -379,7 +377,7 @@ def test_memory_is_linear_in_length_with_one_chunk_of_work(chunks):
 
 
 def test_B_and_C_are_never_copied_to_the_heads():
-    """With 16 heads per group, per-head B would be the largest tensor by far, and CB^T per head too."""
+    """With 16 heads per group, per-head B or C would be the largest tensor by far."""
     q, l, h, n = 16, 512, 16, 64
     memory, _, y_bytes = memory_of_scan(l, q, h=h, n=n)
     per_head_B = 4 * q * h * n

@@ -1,8 +1,9 @@
-"""The forward pass of Falcon-H1 in plain Python numbers: the oracle that shares nothing with the package.
+"""The forward pass of Falcon-H1 in plain Python numbers: it shares nothing with the package.
 
-One sequence, token after token, scalars and lists; no torch, no batch, no chunks, no cache, no operator
-tables. A Python float is a float64, and sums are `math.fsum`, so no narrower number can hide here.
-Written from the equations of the papers (arXiv 2405.21060 and 2507.22448) and the names in config.json.
+One sequence, token after token, scalars and lists; no torch, no batch, no chunks, no cache, no
+operator tables. A Python float is a float64, and sums are `math.fsum`, so no narrower number can
+hide here. Written from the equations of the papers (arXiv 2405.21060 and 2507.22448) and the names
+in config.json.
 """
 
 import math

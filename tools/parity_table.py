@@ -1,9 +1,9 @@
-"""Print the README's parity table: distance of the logits to the float64 forward, ours and transformers'.
+"""Print the README's parity table: how far the logits are from the float64 forward.
 
     python tools/parity_table.py
 
-Tiny random models, one row per variant of tests/models.py; needs the `test` extra. The numbers are the
-ones that tests/test_parity.py judges.
+Tiny random models, one row per variant of tests/models.py; needs the `test` extra. The numbers are
+the ones that tests/test_parity.py judges.
 """
 
 import argparse

@@ -46,6 +46,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", default="cpu", help="a torch device; default: cpu")
     group.add_argument(
+        "--check", action="store_true", help="refuse weights that hold NaN or infinities"
+    )
+    group.add_argument(
         "--ops", choices=("torch", "reference"), help="operator table; default: torch"
     )
 
@@ -150,6 +153,7 @@ def load_model(args: argparse.Namespace):
     options = {
         "dtype": torch.float32 if dtype is None else dtype,
         "device": args.device,
+        "check": args.check,
         "ops": None if args.ops is None else TABLES[args.ops],
     }
     if not sys.stderr.isatty():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
 from .common import DEFAULT_MODEL, DTYPES, counting, locate
 
@@ -31,6 +32,12 @@ def add_to(commands) -> None:
         "--traces", type=counting, nargs="+", metavar="N", help="numbers of sequences side by side"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache")
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="memory bandwidth of a machine: adds the steps per second that it allows at most",
+    )
     parser.set_defaults(run=run)
 
 
@@ -49,6 +56,13 @@ def run(args: argparse.Namespace) -> int:
         config = read_config(locate(args.model, args.revision), args.revision)
     options = {"contexts": args.context, "traces": args.traces}
     options = {name: tuple(value) for name, value in options.items() if value is not None}
+    if args.bandwidth is not None:
+        if not 0 < args.bandwidth < math.inf:
+            raise ValueError(f"--bandwidth is {args.bandwidth}, expected GB/s above 0")
+        options["bandwidth"] = args.bandwidth * 1e9
     values = sheet(config, getattr(torch, args.dtype), **options)
-    print(json.dumps({"model": args.model, **values}) if args.json else render(args.model, values))
+    if args.json:
+        print(json.dumps({"model": args.model, **values}))
+    else:
+        print(render(args.model, values))
     return 0
