@@ -99,11 +99,14 @@ def test_expanded_rows_go_on_like_their_origin_and_apart_from_each_other(dtype):
     assert not torch.equal(found[0], found[1])
 
 
-@given(rows=st.lists(st.integers(0, 2), min_size=1, max_size=6), as_tensor=st.booleans())
-def test_select_is_indexing(rows, as_tensor):
+@given(
+    rows=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    dtype=st.sampled_from([None, torch.int64, torch.int32, torch.uint8]),
+)
+def test_select_is_indexing(rows, dtype):
     model = make()
     cache = ragged_cache(model)
-    picked = cache.select(torch.tensor(rows) if as_tensor else rows)
+    picked = cache.select(torch.tensor(rows, dtype=dtype) if dtype else rows)
     for name in TENSORS:
         assert torch.equal(getattr(picked, name), getattr(cache, name)[:, rows])
     assert picked.lengths.tolist() == [(5, 12, 1)[row] for row in rows]
