@@ -43,18 +43,23 @@ class Cache:
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer")
-        c, layers = config, config.num_hidden_layers
-        kv = (layers, batch_size, c.num_key_value_heads, max_length, c.head_dim)
-        ssm = (layers, batch_size, c.mamba_n_heads, c.mamba_head_dim, c.mamba_d_state)
-        window = (layers, batch_size, c.mamba_d_conv - 1, c.conv_dim)
-        work = torch.promote_types(dtype, torch.float32)
-        return cls(
-            torch.zeros(kv, dtype=dtype, device=device),
-            torch.zeros(kv, dtype=dtype, device=device),
-            torch.zeros(window, dtype=dtype, device=device),
-            torch.zeros(ssm, dtype=work, device=device),
-            torch.zeros(batch_size, dtype=torch.int64, device="cpu"),
-        )
+        layout = _layout(config, batch_size, max_length, dtype)
+        tensors = (torch.zeros(shape, dtype=kind, device=device) for shape, kind in layout.values())
+        return cls(*tensors, torch.zeros(batch_size, dtype=torch.int64, device="cpu"))
+
+    def check(self, config, batch_size: int, dtype, device) -> None:
+        """Raise ValueError unless the cache is one that `alloc` makes for these arguments."""
+        if self.batch_size != batch_size:
+            raise ValueError(f"cache has {self.batch_size} rows, input_ids {batch_size}")
+        layout = _layout(config, batch_size, self.max_length, dtype)
+        for name, (shape, kind) in layout.items():
+            tensor = getattr(self, name)
+            found = (tuple(tensor.shape), tensor.dtype, tensor.device)
+            if found != (shape, kind, device):
+                raise ValueError(
+                    f"cache: {name} is {list(found[0])} {found[1]} on {found[2]}, this "
+                    f"model expects {list(shape)} {kind} on {device}"
+                )
 
     @property
     def batch_size(self) -> int:
@@ -160,6 +165,16 @@ class Cache:
         cache = model.new_cache(content.batch_size, max_length)
         cache.restore(content)
         return cache
+
+
+def _layout(config, batch_size: int, max_length: int, dtype) -> dict[str, tuple]:
+    """Shape and dtype of each tensor of a cache, in the order of TENSORS."""
+    c, rows = config, (config.num_hidden_layers, batch_size)
+    kv = (*rows, c.num_key_value_heads, max_length, c.head_dim)
+    window = (*rows, c.mamba_d_conv - 1, c.conv_dim)
+    state = (*rows, c.mamba_n_heads, c.mamba_head_dim, c.mamba_d_state)
+    wide = torch.promote_types(dtype, torch.float32)
+    return dict(zip(TENSORS, ((kv, dtype), (kv, dtype), (window, dtype), (state, wide))))
 
 
 class LayerCache(NamedTuple):

@@ -154,8 +154,8 @@ class FalconH1ForCausalLM(nn.Module):
                 )
         if seq_idx is not None and (cache is not None or attention_mask is not None):
             raise ValueError("seq_idx: packed documents take neither a cache nor an attention_mask")
-        if cache is not None and cache.batch_size != len(input_ids):
-            raise ValueError(f"cache has {cache.batch_size} rows, input_ids {len(input_ids)}")
+        if cache is not None:
+            cache.check(self.config, len(input_ids), self.dtype, self.device)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(
                 f"logits_to_keep is {logits_to_keep!r}, expected 0 or a positive integer"

@@ -10,6 +10,12 @@ settings.register_profile("repository", deadline=None, derandomize=True, max_exa
 settings.load_profile("repository")
 
 
+def pytest_configure(config):
+    # Workers of pytest-xdist share the cores: with all threads in each they wait for one another.
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

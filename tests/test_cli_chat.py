@@ -63,16 +63,34 @@ class Scripted(Conversation):
         return super().keep(answer)
 
 
-def test_a_turn_that_is_rendered_as_it_was_generated_is_not_read_again(checkpoint):
+def padding_speaker():
     """A head of zeros always says `<|pad|>`, which comes back from its text as it was."""
+    model = copy.deepcopy(tiny_model())
+    torch.nn.init.zeros_(model.lm_head.weight)
+    return model
+
+
+def test_a_turn_that_is_rendered_as_it_was_generated_is_not_read_again(checkpoint):
     chat = conversation(checkpoint)
-    chat._model = copy.deepcopy(tiny_model())
-    torch.nn.init.zeros_(chat._model.lm_head.weight)
+    chat._model = padding_speaker()
     _, first = talk(chat, "hello")
     assert (first.reused, first.comparable) == (0, 0)
     _, second = talk(chat, "more")
     # All but the last token of the answer, which was not read when it was made.
     assert second.reused == second.comparable == len(first.ids) + 7
+
+
+def test_a_state_broken_off_inside_a_step_is_not_gone_on_with(checkpoint, monkeypatch):
+    chat = conversation(checkpoint)
+    chat._model = padding_speaker()
+    answer = chat.ask("hello")
+    interrupting(monkeypatch, after=4)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in answer.run:
+            pass
+    out = chat.keep(answer)
+    assert out.new_tokens == 3 and out.texts == ["<|pad|>" * 3]
+    assert chat.ask("more").reused == len(answer.ids) - 1
 
 
 def test_a_turn_whose_reasoning_is_dropped_goes_on_from_its_prompt(checkpoint):

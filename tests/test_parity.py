@@ -243,6 +243,8 @@ def test_precision_policy_of_a_bfloat16_model():
     wide = {"dt", "A", "D", "step_dt", "step_A", "step_state"}
     for name, tensor in seen.items():
         assert tensor.dtype == (torch.float32 if name in wide else torch.bfloat16), name
+    for name in ("dt", "A", "step_dt"):  # not bfloat16 numbers in a float32 tensor
+        assert not torch.equal(seen[name], seen[name].bfloat16().float()), name
     assert all(tensor.dtype == torch.float32 for tensor in logits)
     assert cache.states.dtype == torch.float32
     assert cache.keys.dtype == cache.values.dtype == cache.windows.dtype == torch.bfloat16

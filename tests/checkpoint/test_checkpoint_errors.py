@@ -21,8 +21,9 @@ def refusal(folder, error=CheckpointError) -> str:
     with pytest.raises(error) as caught:
         load(folder)
     message = str(caught.value)
-    assert "\n" not in message
-    return message
+    assert "\n" not in message and str(folder) in message
+    # The folder's name is that of the test case: it must not pass for part of the explanation.
+    return message.replace(str(folder), "FOLDER")
 
 
 def tensors_case(change):
@@ -157,7 +158,7 @@ SINGLE_FILE = {
     "overlap": (header_case(overlap), [FILE, "overlaps", "starts at byte", "expected"]),
     "both layouts": (
         lambda f: (f / "model.safetensors.index.json").write_text("{}"),
-        ["both", FILE, "index.json"],
+        ["holds both", FILE, "index.json"],
     ),
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json is missing"]),
     "config not JSON": (
@@ -176,7 +177,7 @@ def test_single_file(case, single):
     damage, parts = SINGLE_FILE[case]
     damage(single)
     message = refusal(single)
-    for part in [str(single), *parts]:
+    for part in parts:
         assert part in message, message
 
 
@@ -220,7 +221,7 @@ def config_case(change):
 def test_config_errors_name_the_file(change, parts, single):
     config_case(change)(single)
     message = refusal(single, ConfigError)
-    for part in [str(single / "config.json"), *parts]:
+    for part in ["FOLDER/config.json", *parts]:
         assert part in message
 
 
@@ -236,8 +237,7 @@ def test_config_errors_name_the_file(change, parts, single):
 )
 def test_config_of_other_sizes(change, part, single):
     config_case(lambda config: config.update(change))(single)
-    message = refusal(single)
-    assert part in message and str(single) in message
+    assert part in refusal(single)
 
 
 def index_case(change):
@@ -330,7 +330,7 @@ def test_sharded(case, sharded):
     damage, parts = SHARDED[case]
     damage(sharded)
     message = refusal(sharded)
-    for part in [str(sharded), *parts]:
+    for part in parts:
         assert part in message, message
 
 
@@ -351,4 +351,4 @@ def test_inspect_refuses_what_load_refuses(case, single):
     with pytest.raises(CheckpointError) as error:
         inspect(single)
     for part in parts:
-        assert part in str(error.value)
+        assert part in str(error.value).replace(str(single), "FOLDER")

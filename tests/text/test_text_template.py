@@ -39,6 +39,7 @@ TEMPLATES = {
     "{% endfor %}",
     "whitespace": "  {% if true %}\n  a\n  {%- endif %}\n   {# note #}\nb\n{% set x = 1 %}\n\n c",
     "tools": "{% if tools %}{{ tools | tojson }}{% else %}none{% endif %}{{ documents }}",
+    "presence": "{% for m in messages %}{{ 'reasoning_content' in m }}{% endfor %}",
     "variable": "{{ thinking_mode | default('unset') }}",
 }
 
