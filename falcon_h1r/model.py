@@ -37,6 +37,7 @@ class FalconH1ForCausalLM(nn.Module):
         device = torch.get_default_device() if device is None else torch.device(device)
         self.config, self.ops = config, TORCH if ops is None else ops
         self.source: Path | None = None  # the folder the weights came from
+        self.eos_token_ids = config.eos_token_ids  # loading adds those of generation_config.json
         with torch.device("meta"):
             self.model = nn.ModuleDict(
                 {

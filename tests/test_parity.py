@@ -245,7 +245,8 @@ def test_precision_policy_of_a_bfloat16_model():
         assert tensor.dtype == (torch.float32 if name in wide else torch.bfloat16), name
     for name in ("dt", "A", "step_dt"):  # not bfloat16 numbers in a float32 tensor
         assert not torch.equal(seen[name], seen[name].bfloat16().float()), name
-    assert all(tensor.dtype == torch.float32 for tensor in logits)
+    for tensor in logits:  # the multiplier acts in float32 too
+        assert tensor.dtype == torch.float32 and not torch.equal(tensor, tensor.bfloat16().float())
     assert cache.states.dtype == torch.float32
     assert cache.keys.dtype == cache.values.dtype == cache.windows.dtype == torch.bfloat16
     for name, parameter in model.named_parameters():

@@ -35,7 +35,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _PIECE = 1 << 24  # bytes converted or checked at once
 _HUGE_PAGE = 1 << 21
-_READERS = min(4, os.cpu_count() or 1)
+_READERS = 4  # threads, which mostly wait for the disk or for fresh pages
 
 
 def load(
@@ -51,7 +51,7 @@ def load(
 
     dtype: of the weights (float64, float32, bfloat16 or float16), converted while reading; A_log, D
         and dt_bias stay in float32 where dtype is narrower.
-    ops: operator table, None for the model's default on `device`.
+    ops: operator table, None for the model's default.
     check: also refuse NaN and infinities, stored or made by the conversion.
     progress: called after each tensor with (bytes read, bytes in all, tensor name).
 
@@ -78,6 +78,7 @@ def load(
     weights = _read_all(entries, wanted, device, check, progress)
     model.load_state_dict(weights, strict=True, assign=True)
     model.source = folder.absolute()
+    model.eos_token_ids = _eos_token_ids(config, read_generation_config(folder))
     return model.eval()
 
 
@@ -119,6 +120,18 @@ def _empty_model(
     except (RuntimeError, OverflowError, TypeError) as error:  # torch's, for sizes beyond 2**63
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"{folder / CONFIG}: no model of these sizes: {reason}") from error
+
+
+def _eos_token_ids(config: FalconH1Config, generation: dict[str, Any]) -> tuple[int, ...]:
+    """End tokens of both files: released checkpoints name `<|im_end|>` in the second one only."""
+    stored = generation.get("eos_token_id")
+    stored = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    if not all(type(token) is int and token >= 0 for token in stored):
+        raise CheckpointError(
+            f"{GENERATION_CONFIG}: eos_token_id is {shown(generation['eos_token_id'])}, expected a "
+            "token id or a list of them"
+        )
+    return tuple(dict.fromkeys((*config.eos_token_ids, *stored)))
 
 
 def _usable(device: str | torch.device) -> torch.device:

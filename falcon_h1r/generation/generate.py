@@ -102,7 +102,7 @@ class Stream:
             if p.needs_tokenizer and tokenizer is None:
                 name = "stop" if p.stop else "thinking_budget"
                 raise ValueError(f"{name}: needs a tokenizer, and none was given")
-        self._stop_ids = _stop_table(self.params, model.config.eos_token_ids)
+        self._stop_ids = _stop_table(self.params, model.eos_token_ids)
         self._texts: list[RowText] | None = None
         if tokenizer is not None:
             self._texts = [

@@ -26,7 +26,7 @@ class SamplingParams:
     presence_penalty: subtracted from the logits of tokens in the output; frequency_penalty: the
         same, times how often they occur there (OpenAI's definitions, the prompt does not count); 0
         is off.
-    stop_token_ids: a sequence ends with any of these, which is kept in it; None: the config's
+    stop_token_ids: a sequence ends with any of these, which is kept in it; None: the model's
         `eos_token_ids`; (): no token ends it.
     stop: a sequence ends when its text contains one of these strings; its text is cut before it,
         its tokens are kept. Needs a tokenizer.

@@ -238,8 +238,15 @@ def test_inspect_reads_headers_only(sharded, model):
 def test_config_and_generation_config(single, config):
     assert read_config(single) == config
     assert read_generation_config(single) == {"eos_token_id": [11, 28]}
+    (single / "generation_config.json").write_text('{"eos_token_id": [11, 60]}')
+    assert load(single).eos_token_ids == (11, 28, 60)
+    (single / "generation_config.json").write_text('{"eos_token_id": 61}')
+    assert load(single).eos_token_ids == (11, 28, 61)
+    (single / "generation_config.json").write_text('{"eos_token_id": ["60"]}')
+    with pytest.raises(CheckpointError, match=r"eos_token_id is .*60.*, expected a token id"):
+        load(single)
     (single / "generation_config.json").unlink()
-    assert read_generation_config(single) == {}
+    assert read_generation_config(single) == {} and load(single).eos_token_ids == (11, 28)
     (single / "generation_config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"generation_config.json.*list, expected an object"):
         read_generation_config(single)
