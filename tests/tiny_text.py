@@ -122,9 +122,8 @@ class ScriptedModel:
     device = torch.device("cpu")
 
     def __init__(self, scripts: list[list[int]], vocab_size: int = VOCAB_SIZE, eos=(3,)):
-        self.config = SimpleNamespace(
-            vocab_size=vocab_size, eos_token_ids=eos, max_position_embeddings=4096
-        )
+        self.config = SimpleNamespace(vocab_size=vocab_size, max_position_embeddings=4096)
+        self.eos_token_ids = eos
         self.scripts, self.calls, self.prompt_lengths = scripts, [], {}
 
     def new_cache(self, batch_size: int, max_length: int) -> ScriptedCache:
