@@ -87,11 +87,14 @@ class Cache:
 
     def select(self, rows) -> Cache:
         """A new cache of the given rows (integers), in their order; a row may be given twice."""
-        rows = torch.as_tensor(rows, dtype=torch.int64, device="cpu").flatten()
-        if len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.batch_size:
+        rows = torch.as_tensor(rows, device="cpu").flatten()
+        whole = not rows.is_floating_point() and rows.dtype is not torch.bool
+        if not (whole and len(rows) and 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size):
             raise ValueError(
-                f"rows {rows.tolist()} must be among the {self.batch_size} rows, at least one"
+                f"rows {rows.tolist()} must be integers among the {self.batch_size} rows, "
+                f"at least one"
             )
+        rows = rows.long()  # bytes would index as a mask
         on_device = rows.to(self.keys.device)
         tensors = (getattr(self, name).index_select(1, on_device) for name in TENSORS)
         return Cache(*tensors, self.lengths[rows])
@@ -110,16 +113,21 @@ class Cache:
     def restore(self, snapshot: Cache) -> None:
         """Go back to a snapshot of this cache, in place."""
         filled = snapshot.max_length
-        same_rows = snapshot.states.shape == self.states.shape and filled <= self.max_length
-        if not same_rows or snapshot.keys.dtype != self.keys.dtype:
+        targets = (
+            self.keys[:, :, :, :filled],
+            self.values[:, :, :, :filled],
+            self.windows,
+            self.states,
+        )
+        pairs = list(zip(targets, (getattr(snapshot, name) for name in TENSORS)))
+        if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in pairs):
             raise ValueError(
                 f"snapshot of {snapshot.batch_size} rows and {filled} positions does not fit a "
-                f"cache of {self.batch_size} rows and {self.max_length} positions"
+                f"cache of {self.batch_size} rows and {self.max_length} positions, or is of "
+                f"another model"
             )
-        self.keys[:, :, :, :filled].copy_(snapshot.keys)
-        self.values[:, :, :, :filled].copy_(snapshot.values)
-        self.windows.copy_(snapshot.windows)
-        self.states.copy_(snapshot.states)
+        for target, source in pairs:
+            target.copy_(source)
         self.lengths.copy_(snapshot.lengths)
 
     def save(self, path: str | Path, model) -> None:
@@ -129,6 +137,7 @@ class Cache:
         content = self.snapshot()
         tensors = {name: getattr(content, name).cpu() for name in (*TENSORS, "lengths")}
         metadata = {"format": "falcon_h1r.cache", "fingerprint": fingerprint(model)}
+        metadata["content"] = _sha256(tensors)
         partial = Path(path).with_name(Path(path).name + ".partial")
         try:
             save_file(tensors, partial, metadata=metadata)
@@ -156,6 +165,8 @@ class Cache:
             raise ValueError(
                 f"{path}: made by another model: fingerprint {found}, this model's is {expected}"
             )
+        if metadata.get("content") != _sha256(stored):
+            raise ValueError(f"{path}: damaged: the tensors are not those that were saved")
         content = cls(*(stored[name] for name in TENSORS), stored["lengths"])
         max_length = content.max_length if max_length is None else max_length
         if max_length < content.max_length:
@@ -261,8 +272,12 @@ class Span(NamedTuple):
 
 def fingerprint(model) -> str:
     """SHA-256 over the config and every weight's name, shape, dtype and bytes."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    return _sha256(model.state_dict(), json.dumps(model.config.to_dict(), sort_keys=True))
+
+
+def _sha256(tensors: dict[str, Tensor], text: str = "") -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         tensor = tensor.detach().cpu().contiguous()
         digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))

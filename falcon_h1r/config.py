@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,12 @@ class FalconH1Config:
                 object.__setattr__(self, name, tuple(value))
         _check_types(self)
         _check_sizes(self)
+        for field in fields(self):  # 1 and 1.0 are one value, and write one file
+            value = getattr(self, field.name)
+            if field.type == "float":
+                object.__setattr__(self, field.name, float(value))
+            elif field.type.startswith("tuple[float"):
+                object.__setattr__(self, field.name, tuple(map(float, value)))
 
     @property
     def d_ssm(self) -> int:
@@ -225,7 +232,7 @@ def _decode_special_float(value: Any) -> Any:
 def _flatten_rope(values: dict[str, Any]) -> dict[str, Any]:
     """Reduce flat and nested rope keys to `rope_theta`; refuse every scaling by its name."""
     values = dict(values)
-    thetas = {float(values.pop("rope_theta"))} if "rope_theta" in values else set()
+    thetas = [values.pop("rope_theta")] if "rope_theta" in values else []
     for key in ("rope_scaling", "rope_parameters"):
         nested = values.pop(key, None)
         if nested is None:
@@ -233,18 +240,19 @@ def _flatten_rope(values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(nested, dict):
             raise ConfigError(f"config: {key} is {nested!r}, expected null or an object")
         nested = dict(nested)
-        kind = nested.pop("rope_type", nested.pop("type", "default"))
-        nested.pop("type", None)
-        if kind != "default":
-            raise ConfigError(f"config: {key}: rope type {kind!r} is not supported, only 'default'")
+        for name in ("rope_type", "type"):
+            if (kind := nested.pop(name, "default")) != "default":
+                raise ConfigError(
+                    f"config: {key}: rope type {kind!r} is not supported, only 'default'"
+                )
         if "rope_theta" in nested:
-            thetas.add(float(nested.pop("rope_theta")))
+            thetas.append(nested.pop("rope_theta"))
         if nested:
             raise ConfigError(f"config: {key}: unknown keys: {', '.join(sorted(nested))}")
-    if len(thetas) > 1:
-        raise ConfigError(f"config: contradicting rope_theta values {sorted(thetas)}")
+    if any(theta != thetas[0] for theta in thetas):
+        raise ConfigError(f"config: contradicting rope_theta values {thetas}")
     if thetas:
-        values["rope_theta"] = thetas.pop()
+        values["rope_theta"] = thetas[0]
     return values
 
 
@@ -252,8 +260,9 @@ def _check_types(config: FalconH1Config) -> None:
     def refuse(name: str, expected: str):
         raise ConfigError(f"config: {name} is {getattr(config, name)!r}, expected {expected}")
 
-    def is_number(value) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    def is_number(value) -> bool:  # a finite one; an integer may be beyond what a float holds
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and abs(value) <= sys.float_info.max
 
     def is_integer(value) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
@@ -267,27 +276,28 @@ def _check_types(config: FalconH1Config) -> None:
             refuse(name, "a positive integer")
         elif kind == "bool" and not isinstance(value, bool):
             refuse(name, "true or false")
-        elif kind == "float" and not (is_number(value) and math.isfinite(value)):
+        elif kind == "float" and not is_number(value):
             refuse(name, "a finite number")
-        elif kind == "int | None" and not (
-            value is None or (is_number(value) and value == int(value))
-        ):
+        elif kind == "int | None" and not (value is None or is_integer(value)):
             refuse(name, "an integer or null")
     for name, length in (("ssm_multipliers", 5), ("mlp_multipliers", 2)):
         value = getattr(config, name)
         if not (isinstance(value, tuple) and len(value) == length and all(map(is_number, value))):
-            refuse(name, f"{length} numbers")
-    low_high = config.time_step_limit
-    if not (isinstance(low_high, tuple) and len(low_high) == 2 and all(map(is_number, low_high))):
-        refuse("time_step_limit", "two numbers")
-    if not 0 <= low_high[0] < low_high[1]:
-        refuse("time_step_limit", "0 <= low < high")
+            refuse(name, f"{length} finite numbers")
+    bounds = config.time_step_limit
+    if not (
+        isinstance(bounds, tuple)
+        and len(bounds) == 2
+        and all(is_number(bound) or bound == math.inf for bound in bounds)
+        and 0 <= bounds[0] < bounds[1]
+    ):
+        refuse("time_step_limit", "two numbers, 0 <= low < high")
     if config.mamba_d_head != "auto" and not is_count(config.mamba_d_head):
         refuse("mamba_d_head", 'a positive integer or "auto"')
     if config.mamba_d_ssm is not None and not is_count(config.mamba_d_ssm):
         refuse("mamba_d_ssm", "a positive integer or null")
     eos = config.eos_token_ids
-    if not (isinstance(eos, tuple) and all(isinstance(i, int) and i >= 0 for i in eos)):
+    if not (isinstance(eos, tuple) and all(is_integer(i) and i >= 0 for i in eos)):
         refuse("eos_token_id", "a token id, a list of them or null")
 
 

@@ -85,7 +85,7 @@ def causal_conv1d_step(
     y = (history_bwc.to(work) * weight_cw.to(work).T).sum(1)
     if bias_c is not None:
         y = y + bias_c.to(work)
-    window_bvc.copy_(history_bwc[:, 1:])
+    window_bvc.copy_(history_bwc[:, 1:].detach())
     return F.silu(y).to(x_bc.dtype)
 
 

@@ -13,7 +13,8 @@ a chunk. Common arguments:
     where it changes; the initial state belongs to a row's first document, the final to its last.
 
 Each returns y_blhp (b, l, h, p) in x's dtype and the final state (b, h, p, n) in `compute_dtype`,
-in which everything is computed. Every decay is exp of a difference of cumulative sums.
+in which everything is computed. Every decay is exp of a difference of cumulative sums; the sums are
+float64, since a difference of float32 sums loses the weak decays that follow strong ones.
 """
 
 import torch
@@ -123,8 +124,9 @@ def ssd_chunked(
         C = rearrange(C_blgn[:, chunk].to(work), "b q g n -> b g q n")
 
         # 1. Cumulative log-decay: exp(sum_q - sum_s) carries position s to position q.
-        sum_bgrq = (dt * A_gr1).cumsum(-1)
-        from_start, to_end = sum_bgrq.exp(), (sum_bgrq[..., -1:] - sum_bgrq).exp()
+        sum_bgrq = (dt.double() * A_gr1).cumsum(-1)
+        from_start = sum_bgrq.to(work).exp()
+        to_end = (sum_bgrq[..., -1:] - sum_bgrq).to(work).exp()
         CB_bgqs = (C @ B.mT).tril()
         if seq_idx_bl is not None:
             idx = seq_idx_bl[:, chunk]
@@ -134,7 +136,7 @@ def ssd_chunked(
             to_end = to_end * (idx == idx[:, -1:])[:, None, None]
 
         # 2. Inside the chunk. The clamp touches the masked upper triangle only: no inf * 0 there.
-        decay_bgrqs = (sum_bgrq[..., :, None] - sum_bgrq[..., None, :]).clamp(max=0).exp()
+        decay_bgrqs = (sum_bgrq[..., :, None] - sum_bgrq[..., None, :]).to(work).clamp(max=0).exp()
         xdt = x * dt[..., None]
         y = (CB_bgqs[:, :, None] * decay_bgrqs) @ xdt
 
@@ -173,11 +175,11 @@ def ssd_step(
     work = compute_dtype(x_bhp)
     x, dt = x_bhp.to(work), dt_bh.to(work)
     B, C = B_bgn.to(work), C_bgn.to(work)
-    xdt = (x * dt[..., None]).view(b, g, -1, 1)
+    xdt = (x * dt[..., None]).reshape(b, g, -1, 1)
     state = state_bhpn.to(work) * torch.exp(dt * A_h.to(work))[..., None, None]
-    state = state.view(b, g, -1, n).addcmul_(xdt, B[:, :, None])
+    state = state.reshape(b, g, -1, n).addcmul_(xdt, B[:, :, None])
     y = (state @ C[..., None]).view(b, h, p)
-    state_bhpn.copy_(state.view(b, h, p, n))
+    state_bhpn.copy_(state.detach().view(b, h, p, n))
     if D_h is not None:
         y = y + D_h.to(work)[:, None] * x
     return y.to(x_bhp.dtype)
@@ -202,7 +204,7 @@ def ssd_step_reference(
         D_h,
         initial_state_bhpn=state_bhpn,
     )
-    state_bhpn.copy_(state)
+    state_bhpn.copy_(state.detach())
     return y[:, 0]
 
 
