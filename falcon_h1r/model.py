@@ -106,13 +106,15 @@ class FalconH1ForCausalLM(nn.Module):
         input_ids: (b, l) int64, the new tokens. attention_mask: (b, l), 1 at real tokens, 0 at
         padding, which may stand before or after a row's tokens but not between them; None means all
         real. A row gives what it would give alone; padding is never cached, and its logits are 0.
-        cache: from `new_cache`, with one row per row of input_ids.
+        cache: from `new_cache`, with one row per row of input_ids. It holds values, no graph,
+        and is overwritten in place: no gradient comes back through a forward with a cache.
         logits_to_keep: 0 for all positions; k for the last k real tokens of each row (zeros in
         front of shorter rows).
         seq_idx: (b, l) integers, equal inside a document: several documents packed into one row,
         each as if alone; not together with a cache or with padding.
         Returns (b, l or k, vocab) logits in float32 (float64 in a float64 model).
-        Raises ValueError for ids outside the vocabulary, shapes that do not fit, and a full cache.
+        Raises ValueError for ids outside the vocabulary, shapes that do not fit, a cache of another
+        model, and a full cache.
         """
         self._check_inputs(input_ids, attention_mask, cache, logits_to_keep, seq_idx)
         l = input_ids.shape[1]

@@ -2,9 +2,9 @@
 
 Weights and activations are in the model's dtype. Computed in `compute_dtype` (float32, or float64
 in a float64 model): RMS statistics, the rotation of q and k, softmax, dt with its bias and
-softplus, decays, the convolution's sum, the SSM state, the gate, and the logits. Rotary angles and
-the cumulative sums behind the decays are float64. Decays are always the exponential of a difference
-of sums, never a ratio of exponentials, which would overflow.
+softplus, decays, the convolution's sum, the SSM state, the gate, and the head's multiplier. Rotary
+angles and the cumulative sums behind the decays are float64. Decays are always the exponential of
+a difference of sums, never a ratio of exponentials, which would overflow.
 """
 
 import torch
