@@ -281,11 +281,18 @@ def test_an_interrupt_leaves_valid_json(capsys, checkpoint, monkeypatch, after):
     assert len(entry["tokens"]) == len(entry["logprobs"]) == after - 1
 
 
-def process(*argv, **options):
+def process(*argv):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "falcon_h1r", *map(str, argv)]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, stdin=subprocess.PIPE, **options)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "falcon_h1r", *map(str, argv)],
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A background job of a script starts with SIGINT ignored, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_the_module_is_the_program_and_stdin_is_a_prompt(checkpoint):
