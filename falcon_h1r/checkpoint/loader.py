@@ -14,10 +14,8 @@ import ctypes
 import math
 import mmap
 import os
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -206,13 +204,12 @@ def _read_all(
     progress: Callable[[int, int, str], None] | None,
 ) -> dict[str, Tensor]:
     total, done = sum(entry.nbytes for entry in entries), 0
-    on_cpu = sum(wanted[entry.name].nbytes for entry in entries) if device.type == "cpu" else 0
-    # Where memory cannot hold the weights and the page cache's copy of the files, the latter would
-    # only be searched for pages to evict, this model's or another program's.
-    read = partial(_read, device=device, check=check, forget=total + on_cpu > _available_memory())
     weights: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_READERS) as pool:
-        jobs = {pool.submit(read, entry, wanted[entry.name].dtype): entry for entry in entries}
+        jobs = {
+            pool.submit(_read, entry, wanted[entry.name].dtype, device, check): entry
+            for entry in entries
+        }
         try:
             for job in as_completed(jobs):
                 entry = jobs[job]
@@ -226,18 +223,7 @@ def _read_all(
     return weights
 
 
-def _available_memory() -> float:
-    """Bytes to be had without evicting other programs; infinite where the system does not say."""
-    try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        found = None
-    return math.inf if found is None else int(found[1]) * 1024
-
-
-def _read(
-    entry: Entry, dtype: torch.dtype, device: torch.device, check: bool, forget: bool
-) -> Tensor:
+def _read(entry: Entry, dtype: torch.dtype, device: torch.device, check: bool) -> Tensor:
     out = _allocate(entry.shape, dtype, device)
     if device.type == "cpu" and dtype == entry.dtype:
         with _opened(entry) as file:
@@ -247,9 +233,6 @@ def _read(
         for piece in _pieces(entry):
             flat[start : start + piece.numel()].copy_(piece)
             start += piece.numel()
-    if forget and hasattr(os, "posix_fadvise"):
-        with _opened(entry) as file:
-            os.posix_fadvise(file.fileno(), entry.offset, entry.nbytes, os.POSIX_FADV_DONTNEED)
     if check:
         _refuse_non_finite(out, entry)
     return out

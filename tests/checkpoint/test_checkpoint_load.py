@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import pickle
 
 import pytest
@@ -13,7 +11,6 @@ from checkpoint.tiny_checkpoints import (
     assert_same_weights,
     needs_proc,
     peak_growth,
-    read_raw,
     write_checkpoint,
 )
 from models import make_config, make_model
@@ -23,7 +20,6 @@ from falcon_h1r.checkpoint import (
     CheckpointError,
     inspect,
     load,
-    loader,
     read_config,
     read_generation_config,
 )
@@ -77,28 +73,6 @@ def test_large_tensors_and_large_reads(config, tmp_path, monkeypatch):
     assert_same_weights(loaded, model.state_dict())
     loaded(torch.tensor([[70_000, 3]])).sum().backward()
     assert loaded.lm_head.weight.grad is not None
-
-
-@needs_proc
-@pytest.mark.parametrize("scarce", [False, True])
-def test_page_cache_is_given_back_where_memory_is_scarce(scarce, single, model, monkeypatch):
-    monkeypatch.setattr(
-        "falcon_h1r.checkpoint.loader._available_memory", lambda: 1000 if scarce else 1e12
-    )
-    dropped = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *place: dropped.append(place))
-    assert_same_weights(load(single), model.state_dict())
-    header, data = read_raw(single / "model.safetensors")
-    spans = {tuple(v["data_offsets"]) for k, v in header.items() if k != "__metadata__"}
-    start = (single / "model.safetensors").stat().st_size - len(data)
-    found = {
-        (at - start, at - start + n) for at, n, how in dropped if how == os.POSIX_FADV_DONTNEED
-    }
-    assert found == (spans if scarce else set())
-
-
-def test_available_memory():
-    assert 1e6 < loader._available_memory() < 1e14 or loader._available_memory() == math.inf
 
 
 def test_ops_and_device_reach_the_model(single):
