@@ -2,9 +2,9 @@
 
 The model is built on the meta device; then each tensor gets its own memory and the file's bytes are
 read straight into it. That costs no copy, and the loaded weights are private: they can be trained,
-and do not change when the file does. Memory-mapping the file instead was measured and is worse: the
-mapped pages count beside the copies, and faulting them in 4 KiB at a time is slower than reading.
-What makes reading fast is where the bytes go, see `_allocate`.
+and do not change when the file does. Windows on a mapped file, as transformers hands out, are to be
+had faster but depend on the file as long as they live; mapping and then copying was slower than
+reading. What makes reading fast is where the bytes go, see `_allocate`.
 """
 
 from __future__ import annotations
