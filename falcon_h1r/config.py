@@ -222,7 +222,7 @@ def _decode_special_float(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"__float__"}:
         try:
             return float(value["__float__"])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"config: {value!r} is not a number") from error
     if isinstance(value, list):
         return [_decode_special_float(item) for item in value]

@@ -39,9 +39,11 @@ class FalconH1ForCausalLM(nn.Module):
         self.source: Path | None = None  # the folder the weights came from
         self.eos_token_ids = config.eos_token_ids  # loading adds those of generation_config.json
         with torch.device("meta"):
+            # nn.Embedding(v, d) draws its values even here, for which torch imports sympy: 1 s.
+            table = torch.empty(config.vocab_size, config.hidden_size)
             self.model = nn.ModuleDict(
                 {
-                    "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                    "embed_tokens": nn.Embedding.from_pretrained(table, freeze=False),
                     "layers": nn.ModuleList(
                         HybridBlock(config, self.ops) for _ in range(config.num_hidden_layers)
                     ),

@@ -169,6 +169,7 @@ def test_special_floats():
     assert written == [0.01, infinite]
     assert "time_step_limit" not in read().to_dict()
     refused("not a number", time_step_limit=[0.0, {"__float__": "wide"}])
+    refused("not a number", time_step_limit=[0.0, {"__float__": 10**400}])
     refused("time_step_limit", time_step_limit=[{"__float__": "NaN"}, 1.0])
     for limit in ([0.1], [0.2, 0.1], [0.1, 0.1], [-1.0, 1.0], None, "0, 1", [None, 1.0]):
         refused("time_step_limit", time_step_limit=limit)
