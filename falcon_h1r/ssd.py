@@ -75,7 +75,10 @@ def ssd_dual(
     initial_state_bhpn: Tensor | None = None,
     seq_idx_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The quadratic (attention-like) form: one chunk as long as the sequence, memory l^2."""
+    """The quadratic (attention-like) form: one chunk as long as the sequence, memory l^2.
+
+    chunk_size has no meaning here either.
+    """
     return ssd_chunked(
         x_blhp,
         dt_blh,

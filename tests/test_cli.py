@@ -61,6 +61,10 @@ def test_help_names_every_command_and_option(capsys):
         (["chat", "--min-p", "2"], "min_p is 2.0"),
         (["info", "--context", "0"], "0 is below 1"),
         (["info", "falcon-h1r-7b", "--bandwidth", "0"], "--bandwidth is 0.0"),
+        (
+            ["info", "falcon-h9"],
+            "'falcon-h9' is neither a folder nor a preset; presets: falcon-h1r",
+        ),
     ],
 )
 def test_refusals_are_one_line_on_stderr_and_status_2(capsys, checkpoint, argv, message):

@@ -56,6 +56,30 @@ def test_decode_flops_against_a_counted_step(variant):
     assert counted == expected, parts
 
 
+@pytest.mark.parametrize("variant", ["two_groups", "tied"])
+def test_decode_bytes_count_tensors(variant):
+    """Weights once, but of an embedding that is not the head only the looked-up rows; keys and
+    values once; states and windows twice, read and written."""
+    config, traces, context = make_config(variant), 3, 20
+    model = FalconH1ForCausalLM(config, dtype=torch.bfloat16)
+    cache = model.new_cache(traces, context)
+    weights = sum(p.nbytes for p in model.parameters())
+    table = model.model["embed_tokens"].weight
+    if not config.tie_word_embeddings:
+        weights += table[:traces].nbytes - table.nbytes
+    parts = {
+        "weights": weights,
+        "kv": cache.keys.nbytes + cache.values.nbytes,
+        "state": 2 * (cache.states.nbytes + cache.windows.nbytes),
+    }
+    found = cost.decode_bytes(config, context, traces, torch.bfloat16)
+    assert found == parts | {"total": sum(parts.values()), "bound": max(parts, key=parts.get)}
+    (row,) = cost.sheet(config, torch.bfloat16, (context,), (traces,))["decode"]
+    assert row["cache_bytes"] == cache.nbytes
+    assert row["memory_bytes"] == cache.nbytes + sum(p.nbytes for p in model.parameters())
+    assert row["flops"] == traces * cost.decode_flops(config, context)["total"]
+
+
 def test_known_figures_of_h1r():
     """Falcon-H1R-7B: 44 KiB of KV a token, 132 MiB of float32 state, 15,171 MB of bf16 weights."""
     config = FalconH1Config.preset("falcon-h1r-7b")

@@ -3,12 +3,13 @@
 from .errors import CheckpointError
 from .hub import resolve
 from .layout import TensorInfo, inspect
-from .loader import load, read_config, read_generation_config
+from .loader import end_token_ids, load, read_config, read_generation_config
 from .saver import save
 
 __all__ = [
     "CheckpointError",
     "TensorInfo",
+    "end_token_ids",
     "inspect",
     "load",
     "read_config",

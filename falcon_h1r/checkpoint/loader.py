@@ -78,7 +78,7 @@ def load(
     weights = _read_all(entries, wanted, device, check, progress)
     model.load_state_dict(weights, strict=True, assign=True)
     model.source = folder.absolute()
-    model.eos_token_ids = _eos_token_ids(config, read_generation_config(folder))
+    model.eos_token_ids = end_token_ids(config, read_generation_config(folder))
     return model.eval()
 
 
@@ -122,8 +122,12 @@ def _empty_model(
         raise CheckpointError(f"{folder / CONFIG}: no model of these sizes: {reason}") from error
 
 
-def _eos_token_ids(config: FalconH1Config, generation: dict[str, Any]) -> tuple[int, ...]:
-    """End tokens of both files: released checkpoints name `<|im_end|>` in the second one only."""
+def end_token_ids(config: FalconH1Config, generation: dict[str, Any]) -> tuple[int, ...]:
+    """End tokens of config.json and generation_config.json together, the former first.
+
+    Released checkpoints name `<|im_end|>` in the second file only. Raises `CheckpointError` if its
+    eos_token_id is neither a token id nor a list of them.
+    """
     stored = generation.get("eos_token_id")
     stored = stored if isinstance(stored, list) else [] if stored is None else [stored]
     if not all(type(token) is int and token >= 0 for token in stored):

@@ -93,7 +93,7 @@ def prepare(args: argparse.Namespace, **options) -> Request:
     options: further `SamplingParams` fields. A sequence ends at any end token that config.json,
     generation_config.json or the tokenizer names: released checkpoints spread them over the three.
     """
-    from ..checkpoint import read_config, read_generation_config, resolve
+    from ..checkpoint import end_token_ids, read_config, read_generation_config, resolve
     from ..generation import SamplingParams
     from ..text import load_tokenizer
 
@@ -112,12 +112,7 @@ def prepare(args: argparse.Namespace, **options) -> Request:
             options[name] = value
     given = args.max_new_tokens is not None
     longest = args.max_new_tokens if given else stored.get("max_new_tokens", MAX_NEW_TOKENS)
-    eos = stored.get("eos_token_id")
-    ends = {
-        *config.eos_token_ids,
-        *(eos if isinstance(eos, list) else [eos]),
-        tokenizer.eos_token_id,
-    }
+    ends = {*end_token_ids(config, stored), tokenizer.eos_token_id}
     params = SamplingParams(
         max_new_tokens=longest,
         stop=tuple(args.stop or ()),

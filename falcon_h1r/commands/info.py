@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from pathlib import Path
 
 from .common import DEFAULT_MODEL, DTYPES, counting, locate
 
@@ -53,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--revision: the preset {args.model} has none")
         config = FalconH1Config.preset(args.model)
     else:
+        if "/" not in args.model and args.model != DEFAULT_MODEL and not Path(args.model).exists():
+            known = ", ".join(PRESETS)
+            raise ValueError(f"{args.model!r} is neither a folder nor a preset; presets: {known}")
         config = read_config(locate(args.model, args.revision), args.revision)
     options = {"contexts": args.context, "traces": args.traces}
     options = {name: tuple(value) for name, value in options.items() if value is not None}
