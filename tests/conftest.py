@@ -1,6 +1,13 @@
-"""For all tests: fixed seeds, hypothesis without luck or clocks, uninitialised memory of NaN."""
+"""For all tests: fixed seeds, hypothesis without luck or clocks, uninitialised memory of NaN.
+
+Triton decides at import whether a process interprets kernels or compiles them: this one interprets,
+and tests of compilation start processes of their own.
+"""
 
 import functools
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -1,0 +1,92 @@
+"""What every launcher shares: named configurations, and the checks before a launch.
+
+A kernel's `CONFIGS` is its whole tuning space: named entries, each with the reason it is there. A
+launch takes the first entry that serves the request unless the caller names one; nothing is timed
+or tuned behind the caller's back, so a result never depends on the machine's mood and no tuner ever
+runs on live state.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Config(NamedTuple):
+    """One way to launch a kernel. `dtypes`: those it serves; `meta`: its constexpr parameters."""
+
+    name: str
+    meta: dict
+    num_warps: int
+    num_stages: int
+    reason: str
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    @property
+    def options(self) -> dict:
+        """Everything that a launch takes by keyword."""
+        return {**self.meta, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def pick(configs: Sequence[Config], dtype: torch.dtype, name: str = "") -> Config:
+    """The configuration called `name`, or the first that serves `dtype`.
+
+    Raises ValueError for an unknown name, or one that does not serve the dtype.
+    """
+    serving = [config for config in configs if dtype in config.dtypes]
+    if not name:
+        return serving[0]
+    for config in serving:
+        if config.name == name:
+            return config
+    known = ", ".join(config.name for config in serving)
+    raise ValueError(f"no configuration {name!r} for {dtype}; there are: {known}")
+
+
+def check_inputs(operator: str, *tensors: Tensor | None, dtypes=DTYPES) -> None:
+    """Raise ValueError unless kernels can take these tensors; None entries are passed over.
+
+    The first tensor decides the device and must be of one of `dtypes`. Tensors on a CPU need
+    Triton's interpreter. The stock interpreter computes with the raw bits of bfloat16 and rounds
+    to it by truncation, without a word, so bfloat16 is refused there unless it was repaired (the
+    repair marks its builder with `exact_bfloat16`).
+    """
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{operator}: tensors on {first.device} and on {tensor.device}")
+    if first.dtype not in dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{operator}: {first.dtype} is not served by the kernels, only {accepted}")
+    if first.device.type == "cpu" and not _is_fake(first):
+        if not knobs.runtime.interpret:
+            raise ValueError(
+                f"{operator}: Triton kernels need a GPU, or TRITON_INTERPRET=1 in the environment "
+                f"to run, slowly, on a CPU"
+            )
+        narrow = [t for t in tensors if t is not None and t.dtype is torch.bfloat16]
+        if narrow and not _interpreter_is_exact():
+            raise ValueError(
+                f"{operator}: Triton's interpreter computes bfloat16 wrongly; use float32"
+            )
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    """True for tensors without memory, with which launchers are compiled ahead of time."""
+    return isinstance(tensor, torch._subclasses.FakeTensor) or tensor.is_meta
+
+
+def _interpreter_is_exact() -> bool:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    return getattr(InterpreterBuilder, "exact_bfloat16", False)
+
+
+def next_power_of_2(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `n` and `least`."""
+    return max(triton.next_power_of_2(n), least)
