@@ -18,7 +18,7 @@ from .cache import Cache, Span
 from .config import FalconH1Config
 from .mamba2 import Mamba2Mixer
 from .norm import RMSNorm
-from .ops import TORCH, Ops
+from .ops import Ops, default_table
 
 # Kept in float32 in a narrower model: they enter exponentials, and cost a few bytes per layer.
 FLOAT32_PARAMETERS = ("mamba.A_log", "mamba.D", "mamba.dt_bias")
@@ -27,15 +27,17 @@ FLOAT32_PARAMETERS = ("mamba.A_log", "mamba.D", "mamba.dt_bias")
 class FalconH1ForCausalLM(nn.Module):
     """A Falcon-H1 language model with freshly initialised weights.
 
-    config: `FalconH1Config`; ops: an operator table, None means TORCH; dtype: of the weights,
-    default float32 (A_log, D and dt_bias are at least float32); device: None means torch's default
-    device, "meta" builds without memory. Load weights with `from_pretrained`.
+    config: `FalconH1Config`; ops: an operator table, None means TRITON on a GPU and TORCH
+    elsewhere (`ops.default_table`; the kernels have no backward: train with TORCH); dtype: of the
+    weights, default float32 (A_log, D and dt_bias are at least float32); device: None means torch's
+    default device, "meta" builds without memory. Load weights with `from_pretrained`.
     """
 
     def __init__(self, config: FalconH1Config, ops: Ops | None = None, dtype=None, device=None):
         super().__init__()
         device = torch.get_default_device() if device is None else torch.device(device)
-        self.config, self.ops = config, TORCH if ops is None else ops
+        dtype = torch.float32 if dtype is None else dtype
+        self.config, self.ops = config, default_table(device, dtype) if ops is None else ops
         self.source: Path | None = None  # the folder the weights came from
         self.eos_token_ids = config.eos_token_ids  # loading adds those of generation_config.json
         with torch.device("meta"):
@@ -52,7 +54,6 @@ class FalconH1ForCausalLM(nn.Module):
             )
             if not config.tie_word_embeddings:
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        dtype = torch.float32 if dtype is None else dtype
         for name, parameter in self.named_parameters():
             wide = name.endswith(FLOAT32_PARAMETERS)
             parameter.data = parameter.data.to(

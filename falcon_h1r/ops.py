@@ -1,15 +1,22 @@
 """The operator tables: the only place that decides which code computes a hot operator.
 
 REFERENCE is the clearest statement of each operator and runs in float64; TORCH is the fast pure
-PyTorch form and the default. A model is built with one table, and mixing is explicit:
-`FalconH1ForCausalLM(config, ops=TORCH._replace(ssd_scan=REFERENCE.ssd_scan))`. Nothing is detected
-and nothing falls back: an operator that cannot serve a request raises.
+PyTorch form, the default on a CPU; TRITON holds the kernels of `falcon_h1r_kernels`, forward only,
+the default on a GPU. TRITON is made when it is first asked for, so that nothing else imports
+Triton. A model is built with one table, and mixing is explicit:
+`FalconH1ForCausalLM(config, ops=TORCH._replace(ssd_scan=REFERENCE.ssd_scan))`. Nothing falls back:
+an operator that cannot serve a request raises.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from . import attention, conv, mlp, norm, rope, ssd
+
+NAMES = ("reference", "torch", "triton")
 
 
 class Ops(NamedTuple):
@@ -53,4 +60,48 @@ TORCH = Ops(
     swiglu=mlp.swiglu_reference,
 )
 
-TABLES = {"reference": REFERENCE, "torch": TORCH}
+
+@functools.cache
+def _triton() -> Ops:
+    from falcon_h1r_kernels import (
+        attention,
+        conv1d,
+        decode_attention,
+        gated_rms_norm,
+        rms_norm,
+        rope,
+        ssd_scan,
+        ssd_step,
+        swiglu,
+    )
+
+    return Ops(
+        rms_norm=rms_norm.rms_norm,
+        gated_rms_norm=gated_rms_norm.gated_rms_norm,
+        rope=rope.rope,
+        causal_conv1d=conv1d.causal_conv1d,
+        causal_conv1d_step=conv1d.causal_conv1d_step,
+        ssd_scan=ssd_scan.ssd_scan,
+        ssd_step=ssd_step.ssd_step,
+        attention=attention.attention,
+        decode_attention=decode_attention.decode_attention,
+        swiglu=swiglu.swiglu,
+    )
+
+
+def __getattr__(name: str) -> Ops:
+    if name == "TRITON":
+        return _triton()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def table(name: str) -> Ops:
+    """The table called "reference", "torch" or "triton". Raises ValueError for another name."""
+    if name not in NAMES:
+        raise ValueError(f"no operator table {name!r}; there are: {', '.join(NAMES)}")
+    return _triton() if name == "triton" else {"reference": REFERENCE, "torch": TORCH}[name]
+
+
+def default_table(device: torch.device, dtype: torch.dtype) -> Ops:
+    """TRITON on a GPU, TORCH elsewhere and in float64, which the kernels do not serve."""
+    return _triton() if device.type == "cuda" and dtype != torch.float64 else TORCH

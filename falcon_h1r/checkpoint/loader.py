@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, FalconH1Config
+from ..ops import Ops, default_table
 from .errors import CheckpointError
 from .hub import CONFIG, GENERATION_CONFIG, resolve
 from .layout import DTYPES, Entry, listed, read_json_object, read_layout, shown
 
 if TYPE_CHECKING:
     from ..model import FalconH1ForCausalLM
-    from ..ops import Ops
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -51,7 +51,7 @@ def load(
 
     dtype: of the weights (float64, float32, bfloat16 or float16), converted while reading; A_log, D
         and dt_bias stay in float32 where dtype is narrower.
-    ops: operator table, None for the model's default.
+    ops: operator table, None for the default of the device (`ops.default_table`).
     check: also refuse NaN and infinities, stored or made by the conversion.
     progress: called after each tensor with (bytes read, bytes in all, tensor name).
 
@@ -69,6 +69,7 @@ def load(
     folder = resolve(path_or_repo_id, revision)
     config = _config_of(folder)
     entries = read_layout(folder)
+    ops = default_table(device, dtype) if ops is None else ops
     model = _empty_model(folder, config, len(entries), ops, dtype)
     wanted = model.state_dict()
     if config.tie_word_embeddings:
@@ -105,7 +106,7 @@ def _config_of(folder: Path) -> FalconH1Config:
 
 
 def _empty_model(
-    folder: Path, config: FalconH1Config, n_tensors: int, ops: Ops | None, dtype: torch.dtype
+    folder: Path, config: FalconH1Config, n_tensors: int, ops: Ops, dtype: torch.dtype
 ) -> FalconH1ForCausalLM:
     """The model without memory; sizes that no file could fill are refused before they are built."""
     from ..model import FalconH1ForCausalLM

@@ -49,7 +49,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="refuse weights that hold NaN or infinities"
     )
     group.add_argument(
-        "--ops", choices=("torch", "reference"), help="operator table; default: torch"
+        "--ops",
+        choices=("torch", "reference", "triton"),
+        help="operator table; default: triton on a GPU, torch elsewhere. On a CPU, triton runs "
+        "slowly, through Triton's interpreter",
     )
 
 
@@ -139,7 +142,6 @@ def load_model(args: argparse.Namespace):
     import torch
 
     from ..checkpoint import inspect, load, resolve
-    from ..ops import TABLES
 
     folder = resolve(locate(args.model, args.revision), args.revision)
     # A_log, D and dt_bias may be stored wider than the model; the embedding has the model's dtype.
@@ -149,7 +151,7 @@ def load_model(args: argparse.Namespace):
         "dtype": torch.float32 if dtype is None else dtype,
         "device": args.device,
         "check": args.check,
-        "ops": None if args.ops is None else TABLES[args.ops],
+        "ops": None if args.ops is None else operator_table(args.ops, args.device),
     }
     if not sys.stderr.isatty():
         return load(folder, **options)
@@ -162,6 +164,23 @@ def load_model(args: argparse.Namespace):
             bar.update(done - bar.n)
 
         return load(folder, progress=progress, **options)
+
+
+def operator_table(name: str, device: str):
+    """The table of an `--ops` option; kernels on a CPU are interpreted."""
+    import importlib.util
+    import os
+
+    from ..ops import table
+
+    if name == "triton":
+        missing = [m for m in ("triton", "falcon_h1r_kernels") if not importlib.util.find_spec(m)]
+        if missing:
+            raise ValueError(f"--ops triton: {' and '.join(missing)} not installed")
+        if device == "cpu":
+            # Triton reads it once, when it is imported.
+            os.environ.setdefault("TRITON_INTERPRET", "1")
+    return table(name)
 
 
 def fit(params: SamplingParams, given: bool, prompt_tokens: int, limit: int) -> SamplingParams:

@@ -15,11 +15,11 @@ from torch import Tensor
 from .launch import Config, check_inputs, next_power_of_2, pick
 from .strides import in_units
 
-HALF = (torch.bfloat16, torch.float16)
+HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
 # TILE: elements of half heads, rows times e/2.
 CONFIGS = (
     Config("tile1024", {"TILE": 1024, "HEADS": 4}, 4, 1, "8 per thread: 128 bits", HALF),
-    Config("tile512", {"TILE": 512, "HEADS": 4}, 4, 1, "float32: 4 per thread are 128 bits"),
+    Config("tile512", {"TILE": 512, "HEADS": 4}, 4, 1, "float32: 4 per thread are 128 bits", FULL),
     Config("decode", {"TILE": 256, "HEADS": 2}, 1, 1, "one token per row: many small programs"),
 )
 
@@ -58,13 +58,13 @@ def _rope_kernel(
     halves = ()
     for i in tl.static_range(HEADS):  # all loads stand before the first store, which they must not
         head = (tl.program_id(1) * HEADS + i).to(tl.int64)  # pass: so they are in flight together
-        here = inside & (head < heads)
+        here = (row < tl.where(head < heads, rows, 0)) & (column < half)
         address = x_row + head * (x_stride_h * UNIT) + column * x_stride_e
         first = tl.load(address, mask=here, other=0.0)
         halves += (first, tl.load(address + half * x_stride_e, mask=here, other=0.0))
     for i in tl.static_range(HEADS):
         head = (tl.program_id(1) * HEADS + i).to(tl.int64)
-        here = inside & (head < heads)
+        here = (row < tl.where(head < heads, rows, 0)) & (column < half)
         first, second = halves[2 * i].to(tl.float32), halves[2 * i + 1].to(tl.float32)
         out = out_ptr + ((batch * heads + head) * length + position) * (2 * half) + column
         tl.store(out, first * cos - second * sin, mask=here)

@@ -143,7 +143,6 @@ def _chunk_bmm_kernel(
     seq_idx_ptr,
     CB_ptr,
     l,
-    n,
     chunks,
     groups,
     C_stride_b,
@@ -157,6 +156,7 @@ def _chunk_bmm_kernel(
     seq_idx_stride_b,
     seq_idx_stride_l,
     HAS_SEQ_IDX: tl.constexpr,
+    N: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -175,20 +175,21 @@ def _chunk_bmm_kernel(
     inside_s = position_s < l
 
     C_block = C_ptr + batch * C_stride_b + group * C_stride_g
-    C_block += position_q[:, None] * C_stride_l + k[None, :] * C_stride_n
+    C_block += position_q[:, None] * C_stride_l + k[None, :].to(tl.int64) * C_stride_n
     B_block = B_ptr + batch * B_stride_b + group * B_stride_g
-    B_block += position_s[None, :] * B_stride_l + k[:, None] * B_stride_n
+    B_block += position_s[None, :] * B_stride_l + k[:, None].to(tl.int64) * B_stride_n
     CB = tl.zeros((BLOCK_Q, BLOCK_S), tl.float32)
-    # A tile wholly above the diagonal runs over no states, and stores its zeros.
+    # A tile wholly above the diagonal only stores its zeros.
     first_s = tl.program_id(2) % TILES * BLOCK_S
     last_q = tl.program_id(2) // TILES * BLOCK_Q + BLOCK_Q - 1
-    for start in range(0, tl.where(first_s <= last_q, n, 0), BLOCK_N):
-        within = k < n - start
-        C = tl.load(C_block, mask=inside_q[:, None] & within[None, :], other=0.0)
-        B = tl.load(B_block, mask=inside_s[None, :] & within[:, None], other=0.0)
-        CB = tl.dot(C, B, CB, input_precision="ieee")
-        C_block += BLOCK_N * C_stride_n
-        B_block += BLOCK_N * B_stride_n
+    if first_s <= last_q:
+        for start in range(0, N, BLOCK_N):
+            within = k < N - start
+            C = tl.load(C_block, mask=inside_q[:, None] & within[None, :], other=0.0)
+            B = tl.load(B_block, mask=inside_s[None, :] & within[:, None], other=0.0)
+            CB = tl.dot(C, B, CB, input_precision="ieee")
+            C_block += BLOCK_N * C_stride_n
+            B_block += BLOCK_N * B_stride_n
 
     keep = q[:, None] >= s[None, :]
     if HAS_SEQ_IDX:
@@ -293,13 +294,13 @@ def chunk_bmm(
             seq_idx_bl,
             CB_bcgqs,
             l,
-            n,
             chunks,
             g,
             *C_blgn.stride(),
             *B_blgn.stride(),
             *((0, 0) if seq_idx_bl is None else seq_idx_bl.stride()),
             HAS_SEQ_IDX=seq_idx_bl is not None,
+            N=n,
             CHUNK=chunk,
             **options,
         )

@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import triton.language as tl
 from interpret_memory import Fault, Memory
-from interpret_repair import Repaired, mask_of, repair
+from interpret_repair import Repaired, contiguous, mask_of, repair
 from interpret_sanitize import Sanitizer
+from interpret_speed import hasten
 from interpret_traffic import Counter, Launch
 from triton.runtime import interpreter as stock
 from triton.runtime.errors import InterpreterError
@@ -170,6 +171,7 @@ class _Observed(Repaired):
 
     def create_atomic_cas(self, ptr, cmp, val, sem, scope):
         true = _seen("atomic", ptr, np.ones(ptr.data.shape, bool))
+        true, cmp, val = (contiguous(handle) for handle in (true, cmp, val))
         return _stock_atomic_cas(self, true, cmp, val, sem, scope)
 
     def create_barrier(self):
@@ -194,6 +196,7 @@ def install() -> None:
     if getattr(InterpreterBuilder, "exact_bfloat16", False):
         return
     repair()
+    hasten()
     for name, method in vars(_Observed).items():
         if not name.startswith("__"):
             setattr(InterpreterBuilder, name, method)

@@ -51,8 +51,7 @@ def np_dtype(ty) -> np.dtype:
 
 
 def _raw(data: np.ndarray) -> np.ndarray:
-    """`data` for the interpreter's C++ half: contiguous, and bits where it lacks the type."""
-    data = np.ascontiguousarray(data)
+    """`data`, or its bits where the interpreter's C++ half does not know the type."""
     return data.view(f"u{data.itemsize}") if data.dtype in NARROW.values() else data
 
 
@@ -151,6 +150,11 @@ def mask_of(mask) -> np.ndarray:
     return mask if isinstance(mask, np.ndarray) else mask.data
 
 
+def contiguous(handle) -> TensorHandle:
+    """The same value without strides, which the atomics of Triton 3.6 overlook."""
+    return TensorHandle(np.ascontiguousarray(handle.data), handle.dtype)
+
+
 class Repaired:
     """Methods that replace those of InterpreterBuilder; `handle.data` is always a numpy array."""
 
@@ -170,9 +174,6 @@ class Repaired:
         ty = lhs.dtype.scalar
         if op in COMPARISONS:
             return TensorHandle(op(lhs.data, rhs.data), tl.int1)
-        if ty == tl.int1:  # one-bit integers wrap around; numpy's booleans saturate
-            wide = op(lhs.data.astype(np.int8), rhs.data.astype(np.int8))
-            return TensorHandle((wide & 1).astype(np.bool_), ty)
         return TensorHandle(op(lhs.data, rhs.data).astype(np_dtype(ty), copy=False), ty)
 
     def create_minnumf(self, lhs, rhs):
@@ -208,14 +209,15 @@ class Repaired:
         else:
             data = other.data
         bits = _raw(data)
-        loaded = stock._interpreter.load(_raw(ptrs.data), _raw(mask_of(mask)), bits, bits.dtype)
+        loaded = stock._interpreter.load(ptrs.data, mask_of(mask), bits, bits.dtype)
         return TensorHandle(loaded.view(dtype), ty)
 
     def create_masked_store(self, ptrs, value, mask, *options, **more):
-        return stock._interpreter.store(_raw(ptrs.data), _raw(value.data), _raw(mask_of(mask)))
+        return stock._interpreter.store(ptrs.data, _raw(value.data), mask_of(mask))
 
     def create_atomic_rmw(self, op, ptr, val, mask, sem, scope):
         if val.data.dtype not in NARROW.values():
+            ptr, val, mask = (contiguous(handle) for handle in (ptr, val, mask))
             return _stock_atomic_rmw(self, op, ptr, val, mask, sem, scope)
         if op != stock._ir.ATOMIC_OP.FADD:
             raise NotImplementedError(f"atomic {op} of {val.dtype}")

@@ -2,7 +2,7 @@
 
 Programs run in any order and at once, so an element that one of them writes belongs to it alone:
 no other may write it, nor read it before or after. Threads of one program meet only at barriers: an
-element just stored may not be loaded before one, and two lanes of one store may not share it.
+element just stored may not be loaded before one, nor stored by another lane, be it in one store.
 Atomic operations may meet each other, and nothing else. One program may read elements and then
 write them in place, provided the same lane does both or a barrier lies between.
 """
@@ -26,9 +26,10 @@ class _Marks:
         self._arrays = {}
 
     def __getattr__(self, name):
-        # stored, updated_at: time of the last store, of the last atomic; reader: the program that
-        # loaded it, or MANY; loaded, lane: time and lane of its last load; scratch: lanes.
-        if name not in ("stored", "updated_at", "reader", "loaded", "lane", "scratch"):
+        # stored, storing: time and lane of the last store; updated_at: time of the last atomic;
+        # reader: the program that loaded it, or MANY; loaded, lane: time and lane of the last
+        # load; scratch: lanes.
+        if name not in ("stored", "storing", "updated_at", "reader", "loaded", "lane", "scratch"):
             raise AttributeError(name)
         if name not in self._arrays:
             self._arrays[name] = np.zeros(self.units, np.int32)  # untouched pages cost nothing
@@ -73,14 +74,14 @@ class Sanitizer:
         if marks.written:
             time = marks.stored[index]
             if time.any():
-                self._not_others(memory, argument, index, time, "load", "store")
+                self._not_others(memory, argument, index, time, "load", "a store")
                 if (time == self.time).any():
                     at = memory.element(argument, int(index[time == self.time][0]))
                     raise memory.fault(
                         f"load of what this program stored, no barrier between: {at}"
                     )
         if marks.updated:
-            self._not_others(memory, argument, index, marks.updated_at[index], "load", "atomic")
+            self._not_others(memory, argument, index, marks.updated_at[index], "load", "an atomic")
         marks.pending.append((self.program, index))
         if marks.recent_time != self.time:
             marks.recent, marks.recent_time = [], self.time
@@ -91,20 +92,26 @@ class Sanitizer:
 
     def store(self, memory, argument, index, lanes, active, itemsize) -> None:
         marks = self._of(argument)
+        lanes = _lanes(index, lanes, active)
         self._no_collision(memory, argument, index, marks)
         if marks.written:
-            self._not_others(memory, argument, index, marks.stored[index], "store", "store")
+            time = marks.stored[index]
+            self._not_others(memory, argument, index, time, "store", "a store")
+            wrong = (time == self.time) & (marks.storing[index] != lanes)
+            if wrong.any():
+                at = memory.element(argument, int(index[wrong][0]))
+                raise memory.fault(f"lane stores what another stored, no barrier between: {at}")
         if marks.updated:
-            self._not_others(memory, argument, index, marks.updated_at[index], "store", "atomic")
+            self._not_others(memory, argument, index, marks.updated_at[index], "store", "an atomic")
         self._not_read(memory, argument, index, marks, "store")
-        self._same_lane(memory, argument, index, _lanes(index, lanes, active), marks)
-        marks.stored[index] = self.time
+        self._same_lane(memory, argument, index, lanes, marks)
+        marks.stored[index], marks.storing[index] = self.time, lanes
         marks.written = True
 
     def atomic(self, memory, argument, index, lanes, active, itemsize) -> None:
         marks = self._of(argument)
         if marks.written:
-            self._not_others(memory, argument, index, marks.stored[index], "atomic", "store")
+            self._not_others(memory, argument, index, marks.stored[index], "atomic", "a store")
         self._not_read(memory, argument, index, marks, "atomic")
         marks.updated_at[index] = self.time
         marks.updated = True
@@ -139,7 +146,7 @@ class Sanitizer:
         if wrong.any():
             other = bisect_right(self.starts, int(time[wrong][0])) - 1
             at = memory.element(argument, int(index[wrong][0]))
-            raise memory.fault(f"race: {kind} after a {earlier} by program number {other}: {at}")
+            raise memory.fault(f"race: {kind} after {earlier} by program number {other}: {at}")
 
     def _not_read(self, memory, argument, index, marks, kind) -> None:
         marks.note_loads()

@@ -154,6 +154,21 @@ def test_reductions_of_bfloat16():
 
 
 @triton.jit
+def _running_sum_kernel(x_ptr, y_ptr, REVERSE: tl.constexpr):
+    at = tl.arange(0, 64)
+    tl.store(y_ptr + at, tl.cumsum(tl.load(x_ptr + at), 0, REVERSE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_running_sums(dtype):
+    x, y = torch.randint(-2, 3, (64,)).to(dtype), torch.empty(64, dtype=dtype)  # exact
+    _running_sum_kernel[(1,)](x, y, False)
+    assert torch.equal(y, x.cumsum(0))
+    _running_sum_kernel[(1,)](x, y, True)
+    assert torch.equal(y, x.flip(0).cumsum(0).flip(0))
+
+
+@triton.jit
 def _decayed(a0, b0, a1, b1):
     return a0 * a1, b0 * a1 + b1
 
@@ -245,6 +260,23 @@ def test_scalar_comparison_in_a_mask():
 
 
 @triton.jit
+def _one_bit_kernel(y_ptr, ADD: tl.constexpr):
+    at = tl.arange(0, 4)
+    low, high = at % 2 == 1, at >= 2
+    tl.store(y_ptr + at, ((low ^ high) | (low * high)).to(tl.int32))
+    if ADD:
+        tl.store(y_ptr, (low + high).to(tl.int32))
+
+
+def test_comparisons_are_one_bit():
+    y = torch.empty(4, dtype=torch.int32)
+    _one_bit_kernel[(1,)](y, False)
+    assert y.tolist() == [0, 1, 1, 1]
+    with pytest.raises(InterpreterError, match="int1 overflow in add: 0 to 2"):
+        _one_bit_kernel[(1,)](y, True)
+
+
+@triton.jit
 def _assert_kernel(limit):
     tl.device_assert(tl.program_id(0) < limit, "too many programs")
 
@@ -292,6 +324,24 @@ def test_atomic_add(dtype):
     y = torch.zeros(3, dtype=dtype)
     _atomic_kernel[(3,)](y)
     assert y.tolist() == [6.0, 4.5, 0.0]
+
+
+@triton.jit
+def _exchange_kernel(y_ptr, old_ptr):
+    at = tl.arange(0, 8)
+    zero, five, seven = at * 0, at * 0 + 5, tl.full((8,), 7, tl.int32)
+    tl.store(old_ptr + at, tl.atomic_cas(y_ptr + at, zero, seven))
+    tl.store(old_ptr + 8 + at, tl.atomic_max(y_ptr + 8 + at, five))
+
+
+def test_other_atomics():
+    y = torch.tensor([0, 1] * 8, dtype=torch.int32)
+    y[12:] = 9
+    old = torch.empty(16, dtype=torch.int32)
+    before = y.clone()
+    _exchange_kernel[(1,)](y, old)
+    assert torch.equal(old, before)
+    assert y.tolist() == [7, 1] * 4 + [5] * 4 + [9] * 4
 
 
 @triton.autotune([triton.Config({"BLOCK": 64}), triton.Config({"BLOCK": 128})], key=["n"])

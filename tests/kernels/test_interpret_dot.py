@@ -91,11 +91,15 @@ def test_tf32x3_is_nearly_exact():
     low_a, low_b = tf32(a.double() - high_a), tf32(b.double() - high_b)
     three = high_a @ high_b + high_a @ low_b + low_a @ high_b
     assert max_error(found, three) < 5e-7
+    one = torch.zeros(16, 16)
+    one[0, 0] = 1 + 2**-12 + 2**-23  # the low part, 2^-12 (1 + 2^-11), is a tie as well
+    assert dot(one, torch.ones(16, 16), "tf32x3")[0, 0] == 1 + 2**-12 + 2**-22
 
 
 def test_tf32_keeps_infinities():
     a, b = torch.zeros(16, 16), torch.zeros(16, 16)
-    a[0, 0], a[1, 0], b[0] = torch.inf, torch.nan, 1.0
+    every_bit = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)  # a NaN
+    a[0, 0], a[1, 0], b[0] = torch.inf, every_bit, 1.0
     found = dot(a, b, "tf32")
     assert found[0].eq(torch.inf).all() and found[1].isnan().all() and not found[2:].any()
 

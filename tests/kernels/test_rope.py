@@ -66,9 +66,9 @@ def test_rows_that_lie_2_to_the_30_apart():
         assert torch.equal(rope(far, *table), expected)
 
 
-@pytest.mark.parametrize("config", [config.name for config in CONFIGS])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_every_configuration_at_real_size(config):
-    check(normal(2, 12, 18, 128, dtype=torch.bfloat16), 0.03, config=config)
+    check(normal(2, 12, 18, 128, dtype=config.dtypes[0]), 0.03, config=config.name)
 
 
 def test_no_positions():

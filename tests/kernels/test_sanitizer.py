@@ -1,6 +1,7 @@
 """Planted faults, one kernel each, and clean kernels beside them."""
 
 import interpret
+import interpret_sanitize
 import pytest
 import torch
 import triton
@@ -157,6 +158,14 @@ def test_one_program_loads_what_another_stores():
     fault("race: store after a load by several programs", _reader_kernel, (3,), x)
 
 
+def test_loads_are_remembered_when_there_are_many(monkeypatch):
+    monkeypatch.setattr(interpret_sanitize, "PENDING", 40)
+    x = zeros(256)
+    fault("store after a load by program number 0: y_ptr, element offset 32", *past(x, 1, 0))
+    fault("race: store after a load by several programs", _reader_kernel, (3,), x)
+    _shift_kernel[(3,)](x, x[128:], 0, 0, 96)
+
+
 def past(x, reads, writes):
     return _shift_kernel, (3,), x, x, reads, writes, 96
 
@@ -209,6 +218,21 @@ def test_load_of_what_was_stored_needs_a_barrier():
 
 
 @triton.jit
+def _twice_kernel(x_ptr, REVERSED: tl.constexpr, BARRIER: tl.constexpr):
+    lane = tl.arange(0, B)
+    tl.store(x_ptr + lane, 1.0)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x_ptr + (B - 1 - lane if REVERSED else lane), 2.0)
+
+
+def test_stores_one_after_another():
+    _twice_kernel[(1,)](zeros(32), False, False)
+    _twice_kernel[(1,)](zeros(32), True, True)
+    fault("lane stores what another stored", _twice_kernel, (1,), zeros(32), True, False)
+
+
+@triton.jit
 def _in_place_kernel(x_ptr, n, REVERSED: tl.constexpr, BARRIER: tl.constexpr):
     at = tl.program_id(0) * B + tl.arange(0, B)
     to = tl.program_id(0) * B + (B - 1 - tl.arange(0, B)) if REVERSED else at
@@ -218,11 +242,33 @@ def _in_place_kernel(x_ptr, n, REVERSED: tl.constexpr, BARRIER: tl.constexpr):
     tl.store(x_ptr + to, x, mask=to < n)
 
 
+@triton.jit
+def _two_steps_kernel(x_ptr):
+    lane = tl.arange(0, B)
+    x = tl.load(x_ptr + lane)
+    tl.debug_barrier()
+    x += tl.load(x_ptr + B + lane)
+    tl.store(x_ptr + (B - 1 - lane), x)
+
+
+@triton.jit
+def _several_lanes_kernel(x_ptr, TWICE: tl.constexpr):
+    lane = tl.arange(0, B)
+    if TWICE:
+        x = tl.load(x_ptr + B - 1 - lane) + tl.load(x_ptr + lane)
+        tl.store(x_ptr + lane, x)
+    else:
+        tl.store(x_ptr + lane // 2, tl.load(x_ptr + lane // 2), mask=lane % 2 == 1)
+
+
 def test_update_in_place():
     x = zeros(96)
     _in_place_kernel[(3,)](x, 90, False, False)
     assert x.sum() == 90
     _in_place_kernel[(3,)](x, 96, True, True)
+    _two_steps_kernel[(1,)](x)
+    for twice in (True, False):
+        fault("lane stores what another loads", _several_lanes_kernel, (1,), x, twice)
     fault("lane stores what another loads, no b", _in_place_kernel, (3,), x, 96, True, False)
 
 
@@ -241,8 +287,8 @@ def test_atomics_meet_only_atomics():
     x, y = zeros(4), zeros(1)
     _atomic_kernel[(3,)](x, y, False, 0)
     assert x[0] == 64
-    fault("load after a atomic by program number 1", _atomic_kernel, (3,), x, y, True, 0)
-    fault("store after a atomic by program number 1", _atomic_kernel, (3,), x, y, False, 2)
+    fault("load after an atomic by program number 1", _atomic_kernel, (3,), x, y, True, 0)
+    fault("store after an atomic by program number 1", _atomic_kernel, (3,), x, y, False, 2)
     fault("atomic after a store by program number 1", _mixed_kernel, (3,), x, False)
     fault("atomic after a load by program number 1", _mixed_kernel, (3,), x, True)
 
@@ -302,6 +348,8 @@ def test_without_it_nothing_is_noticed():
     storage = zeros(64)
     _copy_kernel[(1,)](torch.ones(64), storage[:16], 32, 32)
     assert storage.sum() == 32
-    with interpret.sanitized(), interpret.sanitized():
-        pass
+    with interpret.sanitized():
+        with interpret.sanitized():
+            fault("race", _overlap_kernel, (3,), zeros(96), 31)
+        fault("race", _overlap_kernel, (3,), zeros(96), 31)
     _overlap_kernel[(3,)](zeros(96), 31)

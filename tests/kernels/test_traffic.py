@@ -5,6 +5,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from falcon_h1r_kernels.rms_norm import rms_norm
 
 
 @triton.jit
@@ -53,6 +54,15 @@ def test_arguments_that_share_memory_count_once():
     assert launches[1].issued_load_bytes == 1024 + 4 * (128 + 2)
 
 
+def test_a_kernel_of_ours():
+    x, weight = torch.randn(5, 48).bfloat16(), torch.randn(48).bfloat16()
+    with interpret.counted() as launches:
+        rms_norm(x, weight, 1e-5, residual=x.clone())
+    (launch,) = launches
+    assert launch.unique_load_bytes == 2 * (2 * 5 * 48 + 48)
+    assert launch.issued_store_bytes == launch.unique_store_bytes == 2 * (2 * 5 * 48)
+
+
 @triton.jit
 def _matmul_kernel(a_ptr, b_ptr, c_ptr, m, n, k, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     row = tl.program_id(0) * M + tl.arange(0, M)[:, None]
@@ -72,14 +82,14 @@ def test_matrix_product():
     m, n, k = 40, 50, 60
     a, b, c = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
     with interpret.counted() as launches:
-        _matmul_kernel[(3, 2)](a, b, c, m, n, k, 16, 32, 16)
+        _matmul_kernel[(3, 2)](a, b, c, m, n, k, 16, 32, 64)
     torch.testing.assert_close(c, a @ b, rtol=1e-4, atol=1e-4)
     (launch,) = launches
     assert launch.programs == 6 and launch.grid == (3, 2, 1)
     assert launch.issued_load_bytes == 4 * (2 * m * k + 3 * k * n)  # once per block column, row
     assert launch.unique_load_bytes == 4 * (m * k + k * n)
     assert launch.issued_store_bytes == launch.unique_store_bytes == 4 * m * n
-    assert launch.dot_flops == 2 * (3 * 16) * (2 * 32) * (4 * 16)  # whole tiles
+    assert launch.dot_flops == 2 * (3 * 16) * (2 * 32) * 64  # whole tiles
 
 
 @triton.jit
