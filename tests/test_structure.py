@@ -28,6 +28,7 @@ ROOMS = [
     ["checkpoint"],
     ["text"],
     ["generation"],
+    ["bench"],
     ["commands"],
     ["cli"],
     ["__main__"],

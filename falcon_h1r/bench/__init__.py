@@ -1,0 +1,1 @@
+"""Microbenchmarks: operators, one layer, generation; each gated by a correctness check."""

@@ -1,0 +1,170 @@
+"""Clocks, and the interleaved measurement that all benchmarks share.
+
+Contestants take turns (A B C A B C ...), so that a machine that slows down slows all of them; a
+result is a median with its 20th and 80th percentile over the rounds.
+
+On a CPU a sample is one call between two readings of `time.perf_counter`, inputs warm in the
+caches as far as they fit. On a GPU it is the time between two CUDA events around one call, after
+a buffer larger than the L2 cache was cleared: inputs come from memory. Clearing takes at least
+half a millisecond, in which the CPU gets ahead: launching is not in the time, unless a call takes
+longer than that to launch. `host` is what the CPU spent on the call.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+FLUSH_SECONDS = 5e-4
+FLUSH_BYTES = 2**28
+
+
+class Budget(NamedTuple):
+    """How long to measure: seconds per contestant, rounds at least and at most, warm-up calls."""
+
+    seconds: float = 1.0
+    least: int = 5
+    most: int = 1000
+    warmup_calls: int = 2
+
+
+FULL = Budget()
+QUICK = Budget(seconds=0.1, least=3, most=100, warmup_calls=1)
+
+
+class Timing(NamedTuple):
+    """Seconds per call over `rounds` samples; host: median CPU time per call, None on a CPU."""
+
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+    host: float | None = None
+
+
+class CpuClock:
+    """Wall-clock time of one call."""
+
+    description = "perf_counter around one call, inputs warm in the caches"
+    flushes = False
+
+    def sample(self, call: Callable[[], Any]) -> tuple[float, float | None]:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start, None
+
+
+class CudaClock:
+    """GPU time of one call after a flushed L2 cache."""
+
+    flushes = True
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        size = max(4 * l2, FLUSH_BYTES)
+        self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self._passes = 1
+        took = min(self._events(self._flush, flush=False)[0] for _ in range(5))
+        self._passes = max(1, math.ceil(FLUSH_SECONDS / max(took, 1e-6)))
+        self.description = (
+            f"CUDA events around one call, after {self._passes} x {size >> 20} MiB were cleared "
+            "to empty the L2 cache"
+        )
+
+    def sample(self, call: Callable[[], Any]) -> tuple[float, float | None]:
+        return self._events(call, flush=True)
+
+    def _flush(self) -> None:
+        for _ in range(self._passes):
+            self._buffer.zero_()
+
+    def _events(self, call, flush: bool) -> tuple[float, float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if flush:
+            self._flush()
+        start.record()
+        before = time.perf_counter()
+        call()
+        host = time.perf_counter() - before
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(end) * 1e-3, host
+
+
+class WallClock:
+    """Wall-clock time until the device is done: what a user of whole steps waits for."""
+
+    flushes = False
+
+    def __init__(self, device: torch.device):
+        self._wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
+        self.description = "perf_counter around one step" + (
+            ", device synchronised before and after" if self._wait else ""
+        )
+
+    def sample(self, call: Callable[[], Any]) -> tuple[float, float | None]:
+        if self._wait:
+            self._wait()
+        start = time.perf_counter()
+        call()
+        if self._wait:
+            self._wait()
+        return time.perf_counter() - start, None
+
+
+def clock_for(device: torch.device) -> CpuClock | CudaClock:
+    """The clock of a device. Raises ValueError for one that has none here."""
+    if device.type == "cpu":
+        return CpuClock()
+    if device.type == "cuda":
+        return CudaClock(device)
+    raise ValueError(f"--device {device}: expected cpu or cuda")
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """Linear interpolation between the order statistics; share: 0 to 1."""
+    ordered = sorted(samples)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def measure(calls: dict[str, Callable[[], Any]], clock, budget: Budget = FULL) -> dict[str, Timing]:
+    """Time every call, in turns.
+
+    The last warm-up sample of each decides the number of rounds: so many that all take
+    `budget.seconds` per contestant, within the budget's bounds. A call that alone takes longer is
+    warmed up once.
+    """
+    if not calls:
+        return {}
+    estimate = 0.0
+    for call in calls.values():
+        for _ in range(max(budget.warmup_calls, 1)):
+            last = clock.sample(call)[0]
+            if last > budget.seconds:
+                break
+        estimate += last
+    wanted = math.ceil(budget.seconds * len(calls) / max(estimate, 1e-9))
+    rounds = min(max(wanted, budget.least), budget.most)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    hosts: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds, host = clock.sample(call)
+            samples[name].append(seconds)
+            if host is not None:
+                hosts[name].append(host)
+    return {name: summarise(taken, hosts[name]) for name, taken in samples.items()}
+
+
+def summarise(samples: Sequence[float], hosts: Sequence[float] = ()) -> Timing:
+    """The percentiles of samples in seconds."""
+    points = (percentile(samples, share) for share in (0.2, 0.5, 0.8))
+    return Timing(*points, len(samples), percentile(hosts, 0.5) if hosts else None)

@@ -1,0 +1,264 @@
+"""`bench layer` and `bench generate`: costs from tensors, the gate, what is written."""
+
+import pytest
+import torch
+from bench.tiny_bench import BARE_GATE, BUDGET, CEILINGS, CPU, TWO_GROUPS, FakeClock
+from models import make_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from falcon_h1r import FalconH1ForCausalLM, cost
+from falcon_h1r.bench import contest, generation_bench, layer, peer_layer, report, timing
+from falcon_h1r.bench.registry import Workload
+from falcon_h1r.ops import REFERENCE, TORCH
+
+WORKLOADS = [
+    Workload("prefill", 2, 37),
+    Workload("resume", 2, 5, 9),
+    Workload("decode", 3, 1, 20),
+]
+BIASED = make_config("all_biases")
+
+
+def run_layer(config=TWO_GROUPS, dtype=torch.float32, workloads=WORKLOADS, compiled=False):
+    with report.Report(None, lambda text: None) as out:
+        options = (CPU, FakeClock(), CEILINGS, BUDGET, out, compiled)
+        wrong = layer.run("t", config, workloads, dtype, *options)
+    return out.records, wrong
+
+
+@pytest.mark.parametrize("config", [TWO_GROUPS, BARE_GATE, BIASED], ids=["groups", "bare", "bias"])
+def test_a_layers_bytes_are_those_of_its_tensors(config):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = FalconH1ForCausalLM(layer.block_config(config), dtype=dtype)
+        block = model.model["layers"][0]
+        for w in WORKLOADS:
+            cache = model.new_cache(w.batch, w.past + w.length)
+            item, stream = dtype.itemsize, w.batch * w.length * config.hidden_size
+            per_key = (cache.keys.nbytes + cache.values.nbytes) // (w.past + w.length)
+            states = cache.windows.nbytes + cache.states.nbytes
+            read = sum(p.nbytes for p in block.parameters()) + stream * item
+            found = layer.layer_cost(config, w, dtype)
+            assert found.read == read + per_key * w.past + states
+            assert found.written == stream * item + per_key * w.length + states
+
+
+def test_a_layers_flops_hold_its_counted_products():
+    """Torch counts the linears (biases aside); attention and scan come from the registry."""
+    w = WORKLOADS[0]
+    model = FalconH1ForCausalLM(layer.block_config(TWO_GROUPS))
+    inputs = layer.make_inputs(model, w, CPU, 0)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer.bind(model, inputs).call()
+    linears = sum(
+        count
+        for name, count in counter.get_flop_counts()["Global"].items()
+        if str(name) in ("aten.mm", "aten.addmm")
+    )
+    c, tokens = TWO_GROUPS, w.batch * w.length
+    conv = 2 * tokens * c.conv_dim * (c.mamba_d_conv + c.mamba_conv_bias)
+    products = sum(
+        layer.OPERATORS[name].cost(layer.Size(c, torch.float32, w.batch, w.length, 0)).flops
+        for name in ("attention", "ssd_scan")
+    )
+    assert layer.layer_cost(c, w, torch.float32).flops == linears + conv + products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_table_and_transformers_pass(dtype):
+    records, wrong = run_layer(dtype=dtype)
+    assert wrong == 0 and len(records) == 4 * len(WORKLOADS)
+    status = {(r["phase"], r["implementation"]): r["status"] for r in records}
+    for phase in ("prefill", "resume", "decode"):
+        for name in ("reference", "torch", "transformers"):
+            assert status[phase, name] == "timed"
+        assert status[phase, "triton"] == "absent"
+    bare, wrong = run_layer(BARE_GATE, dtype)
+    assert wrong == 0 and all(
+        r["status"] == "timed" for r in bare if r["implementation"] != "triton"
+    )
+
+
+def test_on_a_gpu_the_kernels_take_part():
+    """Through Triton's interpreter: one block and one model under the TRITON table, float32."""
+    gpu = torch.device("cuda")
+    model = FalconH1ForCausalLM(layer.block_config(TWO_GROUPS))
+    with torch.no_grad():
+        for w in (Workload("prefill", 1, 5), Workload("decode", 1, 1, 6)):
+            inputs = layer.make_inputs(model, w, CPU, 0)
+            layer.excite(model, 0, layer.bind(model, inputs).call)
+            people = [p for p in layer.contestants(model, w, gpu, False) if p.name == "triton"]
+            truth = layer.find_truth(model, inputs)
+            parts = contest.run(people, inputs, truth, FakeClock(), BUDGET._replace(most=1))
+            assert parts["triton"]["status"] == "timed", parts
+        whole = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
+        ids = torch.arange(10)[None]
+        exact = whole(ids)[:, -1]
+        found = generation_bench.tables(gpu, torch.float32)
+        assert list(found) == ["torch", "triton"]
+        for table in found.values():
+            assert generation_bench.check(layer.under(whole, table), exact, ids).passed
+    assert "float64" in generation_bench.tables(gpu, torch.float64)["triton"]
+
+
+def test_the_loop_is_not_timed_over_many_tokens():
+    records, _ = run_layer(workloads=[Workload("prefill", 1, 65)])
+    assert records[0]["implementation"] == "reference" and records[0]["status"] == "absent"
+
+
+def faulty_step(state_bhpn, *args):
+    return TORCH.ssd_step(state_bhpn.clone(), *args)
+
+
+def faulty_attention(q_bhle, k_bjse, v_bjse, **options):
+    return TORCH.attention(q_bhle, k_bjse.flip(1), v_bjse, **options)
+
+
+@pytest.mark.parametrize(
+    ("field", "fault", "phase"),
+    [
+        ("ssd_step", faulty_step, "decode"),
+        ("attention", faulty_attention, "prefill"),
+        ("attention", faulty_attention, "resume"),
+        ("swiglu", lambda gate, up, m: TORCH.swiglu(gate, up, 1.0), "decode"),
+        ("rms_norm", lambda x, weight, eps: TORCH.rms_norm(x, weight, eps + 0.1), "decode"),
+        ("rope", lambda x, cos, sin, multiplier=1.0: TORCH.rope(x, cos, sin), "decode"),
+        (
+            "rope",
+            lambda x, cos, sin, multiplier=1.0: TORCH.rope(x, cos, -sin, multiplier),
+            "resume",
+        ),
+        (
+            "decode_attention",
+            lambda q, k, v, n: TORCH.decode_attention(q, k.flip(1), v, n),
+            "decode",
+        ),
+        ("causal_conv1d_step", lambda x, *rest: TORCH.causal_conv1d_step(x * 0.9, *rest), "decode"),
+        ("gated_rms_norm", lambda y, z, *rest: TORCH.gated_rms_norm(y, -z, *rest), "prefill"),
+    ],
+)
+def test_a_fault_anywhere_in_the_layer_is_refused(monkeypatch, field, fault, phase):
+    monkeypatch.setattr(layer.ops, "REFERENCE", REFERENCE._replace(**{field: fault}))
+    records, wrong = run_layer(dtype=torch.bfloat16)
+    status = {(r["phase"], r["implementation"]): r["status"] for r in records}
+    assert status[phase, "reference"] == "wrong" and status[phase, "torch"] == "timed"
+    assert wrong >= 1
+
+
+def test_everyone_starts_from_the_same_cache_and_leaves_it_alone():
+    model = FalconH1ForCausalLM(layer.block_config(TWO_GROUPS))
+    inputs = layer.make_inputs(model, WORKLOADS[2], CPU, 0)
+    before = layer.copy_of(inputs["cache"])
+    for bound in (layer.bind(model, inputs), peer_layer._bind(model, inputs)):
+        bound.call()
+    for name in ("keys", "values", "windows", "states", "lengths"):
+        assert torch.equal(getattr(before, name), getattr(inputs["cache"], name))
+
+
+@torch.no_grad()
+def test_transformers_context_does_not_grow_from_call_to_call():
+    model = FalconH1ForCausalLM(layer.block_config(TWO_GROUPS))
+    inputs = layer.make_inputs(model, WORKLOADS[2], CPU, 0)
+    bound = peer_layer._bind(model, inputs)
+    lengths = set()
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watching(q, k, v, **options):
+        lengths.add(k.shape[2])
+        return attend(q, k, v, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watching)
+        for _ in range(3):
+            bound.call()
+    assert lengths == {21}
+
+
+def test_one_set_of_weights_under_several_tables():
+    model = FalconH1ForCausalLM(TWO_GROUPS, dtype=torch.bfloat16)
+    other, wide = layer.under(model, REFERENCE), layer.under(model, TORCH, torch.float64)
+    pairs = zip(model.parameters(), other.parameters(), wide.parameters())
+    for one, same, double in pairs:
+        assert one.data_ptr() == same.data_ptr() and one.dtype == same.dtype
+        assert double.dtype == torch.float64 and torch.equal(double, one.double())
+    assert other.ops is REFERENCE and not any(p.is_meta for p in other.parameters())
+
+
+def run_generate(model, monkeypatch, workloads=WORKLOADS):
+    monkeypatch.setattr(timing, "WallClock", lambda device: FakeClock())
+    with report.Report(None, lambda text: None) as out:
+        wrong = generation_bench.run("t", model, workloads, CEILINGS, BUDGET, out)
+    return out.records, wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_generation_counts_tokens_and_bytes(monkeypatch, dtype):
+    model = generation_bench.random_model(TWO_GROUPS, dtype, CPU, 0)
+    records, wrong = run_generate(model, monkeypatch)
+    assert wrong == 0
+    torchs = [r for r in records if r["implementation"] == "torch"]
+    for r, w in zip(torchs, WORKLOADS, strict=True):
+        tokens = w.batch * w.length
+        assert (
+            r["tokens_per_second"] == tokens / 0.5 and r["bytes_per_token"] * tokens == r["bytes"]
+        )
+        assert r["gate"]["rms"] <= r["gate"]["rms_allowed"]
+    decode, w = torchs[2], WORKLOADS[2]
+    moved = cost.decode_bytes(TWO_GROUPS, w.past + 1, w.batch, dtype)
+    new = w.batch * cost.kv_bytes(TWO_GROUPS, 1, dtype)
+    assert decode["bytes"] == moved["total"] + new
+    assert decode["flops"] == w.batch * cost.decode_flops(TWO_GROUPS, w.past + 1)["total"]
+
+
+def test_prefill_costs_what_its_layers_and_head_cost():
+    c, w = TWO_GROUPS, WORKLOADS[0]
+    found = generation_bench.step_cost(c, w, torch.float32)
+    head = w.batch * 2 * c.vocab_size * c.hidden_size
+    layers = c.num_hidden_layers * layer.layer_cost(c, w, torch.float32).flops
+    assert found.flops == layers + head
+    model = FalconH1ForCausalLM(c)
+    cache = model.new_cache(w.batch, w.length)
+    assert found.written == cache.nbytes
+    weights = sum(p.nbytes for p in model.parameters())
+    rows = model.model["embed_tokens"].weight[: w.batch]
+    table = model.model["embed_tokens"].weight.nbytes - rows.nbytes
+    assert found.read == weights - table + cache.windows.nbytes + cache.states.nbytes
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("ssd_step", lambda *args: TORCH.ssd_step(*args[:6])),
+        ("causal_conv1d_step", lambda *args: TORCH.causal_conv1d_step(*args) * 1.2),
+        ("decode_attention", lambda *args: TORCH.decode_attention(*args) * 1.2),
+    ],
+)
+def test_a_table_that_decodes_wrongly_is_not_timed(monkeypatch, field, wrong):
+    tables = {"torch": TORCH, "triton": TORCH._replace(**{field: wrong})}
+    monkeypatch.setattr(generation_bench, "tables", lambda device, dtype: tables)
+    model = generation_bench.random_model(TWO_GROUPS, torch.bfloat16, CPU, 0)
+    records, count = run_generate(model, monkeypatch, WORKLOADS[2:])
+    status = {r["implementation"]: r["status"] for r in records}
+    assert (status, count) == ({"torch": "timed", "triton": "wrong"}, 1)
+
+
+@torch.no_grad()
+def test_every_decode_step_stands_at_the_same_depth():
+    model = FalconH1ForCausalLM(TWO_GROUPS)
+    w = WORKLOADS[2]
+    depths, forward = [], model.forward
+    model.forward = lambda ids, cache, **k: (
+        depths.append(cache.lengths.tolist()),
+        forward(ids, cache=cache, **k),
+    )[1]
+    step = generation_bench.make_step(model, w, torch.zeros(3, 1, dtype=torch.long), 0)
+    step()
+    step()
+    assert depths == [[w.past] * w.batch] * 2
+
+
+def test_memory_that_is_needed():
+    model = FalconH1ForCausalLM(TWO_GROUPS, dtype=torch.bfloat16)
+    weights = sum(p.nbytes for p in model.parameters())
+    largest = max(model.new_cache(w.batch, w.past + w.length + 128).nbytes for w in WORKLOADS)
+    found = generation_bench.memory_bytes(TWO_GROUPS, WORKLOADS, torch.bfloat16)
+    assert found == weights + largest

@@ -1,0 +1,166 @@
+"""Which calls of the kernels are compiled and counted: every family at the shapes of the models.
+
+Inputs come from the benchmark registry, with the strides of the model's own calls. For compilation
+they are tensors on the meta device: no memory, but true shapes, strides and offsets.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+
+from falcon_h1r.bench.operators import OPERATORS  # noqa: E402
+from falcon_h1r.bench.sizes import Cost, Draw, Operator, Size  # noqa: E402
+from falcon_h1r.config import FalconH1Config  # noqa: E402
+
+MODEL = "falcon-h1r-7b"
+
+
+class Case(NamedTuple):
+    """One call of one public function, to be made under every configuration of its table.
+
+    `calls`: (module, function, table of configurations) below falcon_h1r_kernels, a table of
+    another module as "module.TABLE"; `operator`: the registry's name of the inputs; `place`: rows,
+    new tokens and past; `adapt(inputs)`: changes the registry's arguments where the function takes
+    others.
+    """
+
+    name: str
+    calls: tuple[str, str, str]
+    operator: str
+    place: tuple[int, int, int] = (1, 4096, 0)
+    model: str = MODEL
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    @property
+    def shape(self) -> str:
+        b, l, past = self.place
+        rows = f"{self.model.removeprefix('falcon-')} {self.operator} {b}x{l}"
+        return f"{rows}@{past}" if past else rows
+
+    @property
+    def table(self):
+        """The family's configurations; ImportError or AttributeError while it does not exist."""
+        module, _, table = self.calls
+        other, _, table = table.rpartition(".")
+        found = getattr(importlib.import_module(f"falcon_h1r_kernels.{other or module}"), table)
+        # Operators of several kernels have a table for each.
+        return found if hasattr(found[0], "name") else tuple(entry for t in found for entry in t)
+
+    def size(self, dtype: torch.dtype, config: FalconH1Config | None = None, place=None) -> Size:
+        return Size(config or FalconH1Config.preset(self.model), dtype, *(place or self.place))
+
+    def call(self, inputs: dict[str, Any], config: str) -> Any:
+        """Call the public function with the registry's inputs and the configuration `config`."""
+        module, function, _ = self.calls
+        function = getattr(importlib.import_module(f"falcon_h1r_kernels.{module}"), function)
+        return function(**(self.adapt(inputs) if self.adapt else inputs), config=config)
+
+    def inputs(self, size: Size, draw: Draw) -> dict[str, Any]:
+        return operator(self.operator).inputs(size, draw)
+
+    def cost(self, dtype: torch.dtype) -> Cost:
+        """Bytes and FLOPs of the call at the least."""
+        return operator(self.operator).cost(self.size(dtype))
+
+    def launch(self, dtype: torch.dtype, config: str) -> None:
+        """Make the call with tensors that have no memory."""
+        self.call(self.inputs(self.size(dtype), Shapes()), config)
+
+
+class Direct(NamedTuple):
+    """A call that the registry does not know; `launch(dtype, config)` makes it."""
+
+    name: str
+    shape: str
+    table: tuple
+    launch: Callable[[torch.dtype, str], Any]
+
+
+class Shapes(Draw):
+    """The registry's `Draw` without memory and without values."""
+
+    def __init__(self):
+        self.device = torch.device("meta")
+
+    def normal(self, *shape, dtype, scale=1.0):
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def uniform(self, *shape, low, high, dtype):
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+
+def tensor(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _form(name: str):
+    return lambda inputs: inputs | {"form": name}
+
+
+def _logprob_inputs(s: Size, draw: Draw) -> dict[str, Any]:
+    rows, vocabulary = s.b * s.l, s.config.vocab_size
+    logits = draw.normal(rows, vocabulary, dtype=s.dtype)
+    chosen = torch.arange(rows, device=draw.device) % vocabulary
+    return {"logits_mv": logits, "chosen_m": chosen}
+
+
+def _logprob_cost(s: Size) -> Cost:
+    """Every logit once, a token id in and three numbers out per row; two operations and an exp."""
+    rows, logits = s.b * s.l, s.b * s.l * s.config.vocab_size
+    return Cost(logits * s.item + 8 * rows, 12 * rows, 4 * logits)
+
+
+LOGPROB = Operator("logprob", "", ("decode",), _logprob_inputs, _logprob_cost)
+
+
+def operator(name: str) -> Operator:
+    """The registry's, and one that it has not got."""
+    return LOGPROB if name == "logprob" else OPERATORS[name]
+
+
+_DECODE = (64, 1, 4095)
+_STAGED, _FUSED = ("ssd_scan", "ssd_scan", "ssd_staged.TABLES"), ("ssd_scan", "ssd_scan", "CONFIGS")
+
+
+def _family(name: str) -> tuple[str, str, str]:
+    return name, name, "CONFIGS"
+
+
+CASES = [
+    Case("rms_norm", _family("rms_norm"), "rms_norm_residual"),
+    Case("rms_norm", _family("rms_norm"), "rms_norm", _DECODE, "tiny-90m"),
+    Case("gated_rms_norm", _family("gated_rms_norm"), "gated_rms_norm"),
+    Case("gated_rms_norm", _family("gated_rms_norm"), "gated_rms_norm", model="falcon-h1-34b"),
+    Case("rope", _family("rope"), "rope"),
+    Case("rope", _family("rope"), "rope_key", _DECODE),
+    Case("swiglu", _family("swiglu"), "swiglu"),
+    Case("swiglu", _family("swiglu"), "swiglu", _DECODE),
+    Case("causal_conv1d", ("conv1d", "causal_conv1d", "CONFIGS"), "causal_conv1d"),
+    Case(
+        "causal_conv1d_step",
+        ("conv1d_step", "causal_conv1d_step", "CONFIGS"),
+        "causal_conv1d_step",
+        _DECODE,
+    ),
+    Case("ssd_fused", _FUSED, "ssd_scan", adapt=_form("fused")),
+    Case("ssd_fused", _FUSED, "ssd_scan", model="falcon-h1-0.5b", adapt=_form("fused")),
+    Case("ssd_staged", _STAGED, "ssd_scan", adapt=_form("staged")),
+    Case("ssd_step", _family("ssd_step"), "ssd_step", _DECODE),
+    Case(
+        "conv_ssd_step",
+        ("conv_ssd_step", "conv_ssd_step", "ssd_step.CONFIGS"),
+        "conv_ssd_step",
+        _DECODE,
+    ),
+    Case("attention", _family("attention"), "attention"),
+    Case("attention", _family("attention"), "attention", model="falcon-h1-0.5b"),
+    Case("decode_attention", _family("decode_attention"), "decode_attention_ragged", _DECODE),
+    Case("logprob", _family("logprob"), "logprob", _DECODE),
+]
