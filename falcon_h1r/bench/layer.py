@@ -2,9 +2,8 @@
 
 All have the same weights and start from the same cache. The gate compares the block's output and
 the SSM state it leaves with the float64 block, under weights that let faults show (`weights.py`).
-Everyone is allowed LAYER_SLACK times the roundoffs of a
-single operator (16 bits: 1.6e-2 bfloat16, 2e-3 float16), transformers, which rounds more often,
-twice that.
+Everyone is allowed LAYER_SLACK times the roundoffs of a single operator (bfloat16 3.1e-2, float16
+4e-3), transformers, which rounds more often, twice that.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .report import Report, summary
 from .timing import Budget
 from .weights import excite
 
-LAYER_SLACK = 4.0
+LAYER_SLACK = 8.0
 
 
 def block_config(config: FalconH1Config) -> FalconH1Config:

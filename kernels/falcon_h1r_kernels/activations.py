@@ -22,22 +22,22 @@ def silu(x, EXACT: tl.constexpr):
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) to a few roundoffs at any x; as torch's, it is x itself where x > 20.
+    """log(1 + exp(x)) to a few roundoffs at any x; beyond 20 that is x itself, as torch has it.
 
-    max(x, 0) + log1p(u) with u = exp(-|x|) in (0, 1], and log1p(u) = 2 atanh(s), s = u / (2 + u):
-    its series in s^2 <= 1/9 keeps the relative accuracy that the machine's logarithm loses near 1,
-    where the small step sizes are. Beyond 20 the second term is below x's roundoff by itself.
+    It is max(x, 0) + log(1 + y) with y = exp(-|x|) in (0, 1], and the logarithm is 2 atanh(s),
+    s = y / (2 + y) <= 1/3, as a series: the machine's own logarithm is good to 1e-7 absolutely, so
+    a small step size would keep few correct digits.
     """
-    u = tl.exp(-tl.abs(x))
-    s = u / (2.0 + u)
-    square = s * s
+    y = tl.exp(-tl.abs(x))
+    s = y / (2.0 + y)
+    s2 = s * s
     series = 2.0 / 15
-    series = series * square + 2.0 / 13
-    series = series * square + 2.0 / 11
-    series = series * square + 2.0 / 9
-    series = series * square + 2.0 / 7
-    series = series * square + 2.0 / 5
-    series = series * square + 2.0 / 3
-    # 2 s = u - u s: the leading term is u itself, exact.
-    log1p_u = u - s * (u - square * series)
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p_u
+    series = series * s2 + 2.0 / 13
+    series = series * s2 + 2.0 / 11
+    series = series * s2 + 2.0 / 9
+    series = series * s2 + 2.0 / 7
+    series = series * s2 + 2.0 / 5
+    series = series * s2 + 2.0 / 3
+    # 2 s = y - y s: the leading term is y itself, exact, and what is subtracted from it smaller.
+    log1p_y = y - s * (y - s2 * series)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p_y

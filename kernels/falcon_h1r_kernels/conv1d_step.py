@@ -16,10 +16,10 @@ from .conv_parts import check_shape, check_weights, taps
 from .launch import DTYPES, Config, check_inputs, pick
 from .strides import in_units
 
-HALF = (torch.bfloat16, torch.float16)
+HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
 CONFIGS = (
     Config("channels256", {"BLOCK_C": 256}, 1, 1, "one warp of 128-bit loads, no waiting", HALF),
-    Config("channels128", {"BLOCK_C": 128}, 1, 1, "float32: 4 channels are 128 bits; batch 1"),
+    Config("channels128", {"BLOCK_C": 128}, 1, 1, "float32: 4 channels are 128 bits", FULL),
     Config("channels1024", {"BLOCK_C": 1024}, 4, 1, "large batches: fewer programs"),
 )
 

@@ -42,8 +42,8 @@ CONFIGS = (
         "keys128",
         {"BLOCK_S": 128},
         8,
-        2,
-        "half as many barriers and running maxima per key, for long contexts",
+        3,
+        "one program per multiprocessor, with 128 KB of loads in flight, for very long rows",
         HALVES,
     ),
     Config(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import softplus
 from .launch import Config, check_inputs, pick
 
 CUMSUM_CONFIGS = (
@@ -63,29 +64,6 @@ def _decay(difference):
     return tl.exp2(difference.to(tl.float32))
 
 
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)) in float32 to a few roundoffs at any x.
-
-    It is max(x, 0) + log(1 + y) with y = exp(-|x|) in (0, 1], and the logarithm is 2 atanh(s),
-    s = y / (2 + y) <= 1/3, as a series: the machine's own logarithm is good to 1e-7 absolutely, so
-    a small step size would keep few correct digits.
-    """
-    y = tl.exp(-tl.abs(x))
-    s = y / (2.0 + y)
-    s2 = s * s
-    series = 2.0 / 15
-    series = series * s2 + 2.0 / 13
-    series = series * s2 + 2.0 / 11
-    series = series * s2 + 2.0 / 9
-    series = series * s2 + 2.0 / 7
-    series = series * s2 + 2.0 / 5
-    series = series * s2 + 2.0 / 3
-    # 2 s = y - y s: the leading term is y itself, exact, and what is subtracted from it smaller.
-    log1p_y = y - s * (y - s2 * series)
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p_y
-
-
 @triton.jit(do_not_specialize=["l", "chunks"])
 def _chunk_cumsum_kernel(
     dt_ptr,
@@ -122,7 +100,7 @@ def _chunk_cumsum_kernel(
         bias = tl.load(bias_ptr + head * bias_stride_h, mask=head < heads, other=0.0)
         dt += bias.to(tl.float32)[:, None]
     if SOFTPLUS:
-        dt = _softplus(dt)
+        dt = softplus(dt)
     # A NaN stays one: it must reach the output rather than become the smallest step.
     dt = tl.maximum(dt, dt_min, propagate_nan=tl.PropagateNan.ALL)
     dt = tl.minimum(dt, dt_max, propagate_nan=tl.PropagateNan.ALL)

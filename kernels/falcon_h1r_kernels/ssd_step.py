@@ -34,11 +34,11 @@ CONFIGS = (
     ),
     Config("tile1024", {"TILE": 1024, "TILES": 1}, 1, 1, "batch 1: 768 programs for 24 heads"),
     Config(
-        "tiles8",
-        {"TILE": 1024, "TILES": 8},
+        "tiles4",
+        {"TILE": 2048, "TILES": 4},
         1,
         1,
-        "fused convolution, larger batches: B and C are convolved once for 32 rows",
+        "fused convolution, larger batches: B and C are convolved once for 32 rows of 256",
     ),
 )
 
@@ -293,7 +293,7 @@ def launch_ssd_step(
 def _default(state_bhpn: Tensor, conv: Conv | None) -> str:
     """Programs as large as still leave every processor several."""
     if conv is not None:
-        return "tiles8" if state_bhpn.numel() >= 2**23 else "tile1024"
+        return "tiles4" if state_bhpn.numel() >= 2**23 else "tile1024"
     return "tile2048" if state_bhpn.numel() > 2**20 else "tile1024"
 
 

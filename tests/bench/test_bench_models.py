@@ -183,6 +183,43 @@ def test_one_set_of_weights_under_several_tables():
     assert other.ops is REFERENCE and not any(p.is_meta for p in other.parameters())
 
 
+@torch.no_grad()
+def test_excited_weights_let_every_part_of_a_block_show():
+    """Attention's scores vary by about 1, each branch adds about 1, dt spans its range."""
+    config = make_config("two_groups", key_multiplier=0.03, ssm_out_multiplier=0.05)
+    seen = {}
+
+    def attention(q, k, v, **options):
+        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * q.shape[-1] ** -0.5
+        seen["scores"] = float(scores.std())
+        return TORCH.attention(q, k, v, **options)
+
+    def ssd_scan(x, dt, *rest, **options):
+        seen["dt"] = dt
+        return TORCH.ssd_scan(x, dt, *rest, **options)
+
+    table = TORCH._replace(attention=attention, ssd_scan=ssd_scan)
+    model = FalconH1ForCausalLM(layer.block_config(config), ops=table)
+    inputs = layer.make_inputs(model, WORKLOADS[0], CPU, 0)
+    call = layer.bind(model, inputs).call
+    layer.excite(model, 0, call)
+    block, added = model.model["layers"][0], {}
+    for name, factor in (
+        ("self_attn", config.attention_out_multiplier),
+        ("mamba", config.ssm_out_multiplier),
+        ("feed_forward", 1.0),
+    ):
+        block.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name, factor=factor: added.update(
+                {name: float(out.square().mean().sqrt()) * factor}
+            )
+        )
+    call()
+    assert 0.5 < seen["scores"] < 4
+    assert float(seen["dt"].min()) < 0.1 and float(seen["dt"].max()) > 0.5
+    assert added == pytest.approx(dict.fromkeys(added, 1.0), rel=0.05) and len(added) == 3
+
+
 def run_generate(model, monkeypatch, workloads=WORKLOADS):
     monkeypatch.setattr(timing, "WallClock", lambda device: FakeClock())
     with report.Report(None, lambda text: None) as out:

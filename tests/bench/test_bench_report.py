@@ -80,12 +80,12 @@ def test_records_follow_the_schema_and_the_file_holds_them_all(tmp_path):
 
 
 def test_rates_are_the_costs_over_the_median():
-    part = {"seconds": {"p20": 1e-3, "p50": 2e-3, "p80": 3e-3}}
+    part = {"seconds": {"p20": 1e-3, "p50": 4e-3, "p80": 5e-3}}
     cost = Cost(read=3_000_000, written=1_000_000, flops=8_000_000)
     contest.rates(part, cost, torch.float32, CEILINGS)
-    assert part["bytes_per_second"] == 2e9 and part["flops_per_second"] == 4e9
+    assert part["bytes_per_second"] == 1e9 and part["flops_per_second"] == 2e9
     # 4 MB at 2 GB/s (too large for the first array) take 2 ms; the FLOPs take 0.08 ms.
-    assert part["percent_of_ceiling"] == pytest.approx(100)
+    assert part["percent_of_ceiling"] == pytest.approx(50)
     assert contest.bound_by(cost, torch.float32, CEILINGS) == "memory"
     assert contest.bound_by(cost._replace(flops=10**9), torch.float32, CEILINGS) == "compute"
 
@@ -188,6 +188,16 @@ def test_lines_of_the_table():
         "500 ms",
         "12.0 s",
     ]
+
+
+def test_speed_is_compared_with_torchs():
+    parts = {
+        name: {"status": "timed", "reason": "", "seconds": {"p20": t, "p50": t, "p80": t}}
+        for name, t in (("reference", 4.0), ("torch", 2.0), ("triton", 0.5))
+    }
+    with report.Report(None, lambda text: None) as out:
+        out.results("title", {}, parts)
+    assert [r["times_torch"] for r in out.records] == [0.5, 1.0, 4.0]
 
 
 def test_a_case_without_memory_is_skipped_and_the_next_one_runs(tmp_path, monkeypatch):

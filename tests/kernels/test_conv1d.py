@@ -213,10 +213,11 @@ def test_steps_continue_a_stretch():
     assert torch.equal(window, expected_window)
 
 
-@pytest.mark.parametrize("config", [config.name for config in conv1d_step.CONFIGS])
+@pytest.mark.parametrize("config", conv1d_step.CONFIGS, ids=lambda config: config.name)
 def test_every_step_configuration_at_real_width(config):
-    x, weight, bias, window = inputs(2, 1, 3584, 4, torch.bfloat16)
-    check_step(inside_projection(x, 3072, 24)[:, 0], window, weight, bias, config=config)
+    x, weight, bias, window = inputs(2, 1, 3584, 4, config.dtypes[0])
+    x = inside_projection(x, 3072, 24)
+    check_step(x[:, 0], window, weight, bias, config=config.name)
 
 
 def test_operator_registration():

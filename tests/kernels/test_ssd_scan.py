@@ -195,7 +195,7 @@ def test_multiprocessors_without_a_GPU():
 
 
 def test_operator_registration():
-    inputs = make_inputs(1, 20, 2, 16, 1, 16)
+    inputs = make_inputs(1, 20, 2, 16, 1, 24)
     x, dt, A, B, C, D, initial, ids = inputs.values()
     bias = normal(2, seed=8)
     for form in ("staged", "fused"):
@@ -266,17 +266,16 @@ def test_bytes_moved(monkeypatch):
     assert len(kernels) == 5
     fused, kernels = moved_bytes(inputs, form="fused")
     assert len(kernels) == 4
-    print(staged, fused, fused / staged)
     assert fused <= 0.6 * staged
 
 
 @pytest.mark.slow
-@pytest.mark.unsanitized  # two minutes instead of four; the same kernels are checked above
+@pytest.mark.unsanitized  # minutes of checks that the reduced call above has passed
 def test_bytes_moved_at_full_size():
+    """One sequence of H1R-7B: 298 MB and 117 MB."""
     inputs = as_in_h1r(4096, 24)
     staged, kernels = moved_bytes(inputs, form="staged", config=FIVE_KERNELS)
     assert len(kernels) == 5
     fused, kernels = moved_bytes(inputs)
     assert len(kernels) == 4
-    print(staged, fused, fused / staged)
     assert fused <= 0.6 * staged
