@@ -198,11 +198,16 @@ def test_scores_rise_and_fall_over_blocks():
 
 
 def test_strided_and_offset_inputs():
-    q, k, v = draw(2, 4, 2, 70)
-    options = {"key_lengths_b": torch.tensor([70, 41]), "key_start_b": torch.tensor([3, 0])}
+    q, k, v = draw(2, 4, 2, 60, 70)
+    options = {
+        "query_offset_b": torch.tensor([10, 4]),
+        "key_lengths_b": torch.tensor([70, 41]),
+        "key_start_b": torch.tensor([3, 0]),
+    }
     expected = attention(q, k, v, **options)
     for make in strided(q):
         assert torch.equal(attention(make(q), make(k), make(v), **options), expected)
+        assert torch.equal(attention(q, make(k), v, **options), expected)
     wide = {name: torch.stack([t, t + 1], 1)[:, 0] for name, t in options.items()}
     model = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
     assert torch.equal(attention(*model, **wide), expected)
@@ -212,15 +217,17 @@ def test_result_lies_as_the_next_projection_reads_it():
     assert attention(*draw(2, 4, 2, 5)).transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_offsets_beyond_32_bits(dtype):
+@pytest.mark.parametrize("dtype, l", [(torch.float32, 40), (torch.float16, 70)])
+def test_offsets_beyond_32_bits(dtype, l):
     q, k, v = draw(3, 2, 1, 9, dtype=dtype)
     expected = attention(q, k, v)
     assert torch.equal(attention(*map(far_apart, (q, k, v))), expected)
-    q, k, v = draw(1, 2, 1, 3, dtype=dtype)
-    expected = attention(q, k, v)
-    along = [far_apart(t.permute(2, 0, 1, 3)).permute(1, 2, 0, 3) for t in (q, k, v)]
-    assert torch.equal(attention(*along), expected)
+    # Between the keys of a block, and at the beginning of the second block.
+    for length, stride in ((3, 2**30), (l, 2**26)):
+        q, k, v = draw(1, 2, 1, length, dtype=dtype)
+        expected = attention(q, k, v)
+        along = [far_apart(t.permute(2, 0, 1, 3), stride).permute(1, 2, 0, 3) for t in (q, k, v)]
+        assert torch.equal(attention(*along), expected)
 
 
 def loads(*args, **options):
@@ -229,21 +236,22 @@ def loads(*args, **options):
     return launches[0]
 
 
-def test_blocks_that_no_query_sees_are_not_read():
+def test_blocks_that_no_query_sees_are_skipped():
     q, k, v = draw(1, 1, 1, 512)
-    block = 2 * 32 * 16 * 4
     tiles = 512 // 32
-    queries = 512 * 16 * 4
-    causal = loads(q, k, v)
-    assert causal.issued_load_bytes == queries + block * tiles * (tiles + 1) // 2
-    assert causal.issued_store_bytes == causal.unique_store_bytes == queries
-    documents = loads(q, k, v, seq_idx_bl=torch.arange(512)[None] // 64)
-    extra = documents.issued_load_bytes - queries - block * (tiles // 2) * 3
-    assert 0 <= extra <= tiles * 34 * 4
-    padded = loads(q, k, v, key_start_b=torch.tensor([480]))
-    assert padded.issued_load_bytes <= queries + block + tiles * 34 * 8
-    short = loads(q, k, v, key_lengths_b=torch.tensor([64]))
-    assert short.issued_load_bytes <= queries + block * (2 * tiles - 1) + tiles * 8
+    causal = tiles * (tiles + 1) // 2
+    for options, blocks in (
+        ({}, causal),
+        ({"seq_idx_bl": torch.arange(512)[None] // 64}, 3 * tiles // 2),
+        ({"key_start_b": torch.tensor([480])}, 1),
+        ({"key_lengths_b": torch.tensor([64])}, 2 * tiles - 1),
+        ({"query_offset_b": torch.tensor([0])}, causal),
+    ):
+        launch = loads(q, k, v, **options)
+        assert launch.dot_flops == blocks * 2 * (2 * 32 * 32 * 16)
+        numbers = launch.issued_load_bytes - q.nbytes - blocks * 2 * (32 * 16 * 4)
+        assert 0 <= numbers <= tiles * 34 * 8
+        assert launch.issued_store_bytes == launch.unique_store_bytes == q.nbytes
 
 
 def test_heads_of_a_group_share_what_is_read():

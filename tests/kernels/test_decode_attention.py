@@ -1,5 +1,7 @@
 """The decode attention kernels against float64, beside the same maths in torch."""
 
+import importlib
+
 import interpret
 import pytest
 import torch
@@ -141,23 +143,31 @@ def test_strided_and_offset_inputs():
     expected = decode_attention(q, k, v, lengths)
     for make in strided(q):
         assert torch.equal(decode_attention(make(q), make(k), make(v), lengths), expected)
+        assert torch.equal(decode_attention(q, make(k), v, lengths), expected)
     wide = torch.stack([lengths, lengths + 1], 1)[:, 0]
     apart = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v)]
     assert torch.equal(decode_attention(q, *apart, wide), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_offsets_beyond_32_bits(dtype):
+@pytest.mark.parametrize("dtype, s", [(torch.float32, 40), (torch.float16, 70)])
+def test_offsets_beyond_32_bits(dtype, s):
     q, k, v = draw(3, 2, 1, 9, dtype=dtype)
     expected = decode_attention(q, k, v)
     assert torch.equal(decode_attention(*map(far_apart, (q, k, v))), expected)
-    q, k, v = draw(1, 2, 1, 3, dtype=dtype)
+    # Between the keys of a block, and at the beginning of the second block.
+    for length, stride in ((3, 2**30), (s, 2**26)):
+        q, k, v = draw(1, 2, 1, length, dtype=dtype)
+        expected = decode_attention(q, k, v)
+        along = [far_apart(t.permute(2, 0, 1, 3), stride).permute(1, 2, 0, 3) for t in (k, v)]
+        assert torch.equal(decode_attention(q, *along), expected)
+
+
+def test_merging_a_few_channels_at_a_time(monkeypatch):
+    q, k, v = draw(1, 2, 1, 600, e=40)
     expected = decode_attention(q, k, v)
-    along = [far_apart(t.permute(2, 0, 1, 3)).permute(1, 2, 0, 3) for t in (k, v)]
-    assert torch.equal(decode_attention(q, *along), expected)
-    q, k, v = draw(1, 2, 1, 700, dtype=dtype)
-    spread = [far_apart(t, 2**23).as_strided(t.shape, t.stride()) for t in (k, v)]
-    assert torch.equal(decode_attention(q, *spread), decode_attention(q, k, v))
+    # As for 256 parts, of which one program holds 32 channels.
+    monkeypatch.setattr(importlib.import_module(decode_attention.__module__), "MERGE_TILE", 64)
+    torch.testing.assert_close(decode_attention(q, k, v), expected)
 
 
 def test_how_many_parts():
@@ -189,6 +199,8 @@ def test_each_key_is_read_once():
     ragged = torch.tensor([640, 64])
     first, _ = launches(q, k, v, ragged)
     assert first.issued_load_bytes == keys * 704 // 1280 + parts * (q.nbytes + 2 * 8)
+    # Two parts of the short row have keys; the others leave only their peaks and sums.
+    assert first.issued_store_bytes == (5 + 2) * q.nbytes // 2 + parts * 2 * 12 * 4
     assert len(launches(q, k[:, :, :255], v[:, :, :255])) == 1
 
 
