@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_inputs import check_keys, check_rows, offset_type
-from .launch import Config, check_inputs, next_power_of_2, pick
+from .launch import Config, check_inputs, next_power_of_2, operator, pick
 
 HALVES = (torch.bfloat16, torch.float16)
 CONFIGS = (
@@ -346,7 +346,7 @@ def _first_keys(seq_idx_bl: Tensor | None, key_start_b: Tensor | None, l: int) -
     return start_bl if key_start_b is None else torch.maximum(start_bl, key_start_b[:, None])
 
 
-@torch.library.custom_op("falcon_h1r::attention", mutates_args=())
+@operator("attention")
 def _attention_op(
     q_bhle: Tensor,
     k_bjse: Tensor,

@@ -18,7 +18,7 @@ from .activations import silu
 from .conv1d_step import CONFIGS as STEP_CONFIGS
 from .conv1d_step import causal_conv1d_step
 from .conv_parts import check_shape, check_weights, taps
-from .launch import Config, check_inputs, pick
+from .launch import Config, check_inputs, operator, pick
 from .strides import in_units
 
 __all__ = ["CONFIGS", "STEP_CONFIGS", "causal_conv1d", "causal_conv1d_step"]
@@ -274,7 +274,7 @@ def _default(x_blc: Tensor) -> str:
     return "segment8" if x_blc.shape[0] * x_blc.shape[1] <= 1024 else "segment32"
 
 
-@torch.library.custom_op("falcon_h1r::causal_conv1d", mutates_args=())
+@operator("causal_conv1d")
 def _causal_conv1d_op(
     x_blc: Tensor,
     weight_cw: Tensor,

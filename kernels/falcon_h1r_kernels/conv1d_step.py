@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .activations import silu
 from .conv_parts import check_shape, check_weights, taps
-from .launch import DTYPES, Config, check_inputs, pick
+from .launch import DTYPES, Config, check_inputs, operator, pick
 from .strides import in_units
 
 HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
@@ -110,7 +110,7 @@ def launch_causal_conv1d_step(
     return y
 
 
-@torch.library.custom_op("falcon_h1r::causal_conv1d_step", mutates_args={"window_bvc"})
+@operator("causal_conv1d_step", mutates_args={"window_bvc"})
 def _causal_conv1d_step_op(
     x_bc: Tensor, window_bvc: Tensor, weight_cw: Tensor, bias_c: Tensor | None, config: str
 ) -> Tensor:

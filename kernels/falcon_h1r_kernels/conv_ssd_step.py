@@ -7,13 +7,13 @@ asks for; in larger ones a program goes through 32 rows, 32 KiB, and it is a sev
 delivers is the least possible in both. See `ssd_step` for the kernel. Axes as there.
 """
 
-import torch
 from torch import Tensor
 
+from .launch import operator
 from .ssd_step import NO_LIMIT, Conv, launch_ssd_step
 
 
-@torch.library.custom_op("falcon_h1r::conv_ssd_step", mutates_args={"state_bhpn", "new_window_bvc"})
+@operator("conv_ssd_step", mutates_args={"state_bhpn", "new_window_bvc"})
 def _conv_ssd_step_op(
     state_bhpn: Tensor,
     xBC_bc: Tensor,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_inputs import check_keys, check_rows, offset_type
-from .launch import Config, check_inputs, next_power_of_2, pick
+from .launch import Config, check_inputs, next_power_of_2, operator, pick
 
 HALVES = (torch.bfloat16, torch.float16)
 CONFIGS = (
@@ -282,7 +282,7 @@ def launch_decode_attention(
     return o_bhe
 
 
-@torch.library.custom_op("falcon_h1r::decode_attention", mutates_args=())
+@operator("decode_attention")
 def _decode_attention_op(
     q_bhe: Tensor, k_bjse: Tensor, v_bjse: Tensor, lengths_b: Tensor | None, config: str
 ) -> Tensor:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import silu
-from .launch import Config, check_inputs, next_power_of_2, pick
+from .launch import Config, check_inputs, next_power_of_2, operator, pick
 from .strides import in_units
 
 CONFIGS = (
@@ -129,7 +129,7 @@ def _default(width: int, programs: int) -> str:
     return "warps8" if width > 2048 else "warps4" if width > 1024 else "warps2"
 
 
-@torch.library.custom_op("falcon_h1r::gated_rms_norm", mutates_args=())
+@operator("gated_rms_norm")
 def _gated_rms_norm_op(
     y_bld: Tensor,
     z_bld: Tensor,

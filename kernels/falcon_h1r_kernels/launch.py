@@ -6,7 +6,8 @@ or tuned behind the caller's back, so a result never depends on the machine's mo
 runs on live state.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,26 @@ def pick(configs: Sequence[Config], dtype: torch.dtype, name: str = "") -> Confi
             return config
     known = ", ".join(config.name for config in serving)
     raise ValueError(f"no configuration {name!r} for {dtype}; there are: {known}")
+
+
+def operator(name: str, mutates_args: Collection[str] = ()) -> Callable:
+    """Register a launcher as the operator `falcon_h1r::name`, run on its first argument's device.
+
+    Triton launches on the current GPU, which need not be the one that holds the tensors. The first
+    argument must be a tensor. Autograd through the operator raises.
+    """
+
+    def register(launch: Callable):
+        @functools.wraps(launch)
+        def on_its_device(first: Tensor, *rest):
+            with torch.cuda.device_of(first):
+                return launch(first, *rest)
+
+        return torch.library.custom_op(f"falcon_h1r::{name}", mutates_args=mutates_args)(
+            on_its_device
+        )
+
+    return register
 
 
 def check_inputs(operator: str, *tensors: Tensor | None, dtypes=DTYPES) -> None:

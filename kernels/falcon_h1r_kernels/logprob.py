@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Config, check_inputs, next_power_of_2, pick
+from .launch import Config, check_inputs, next_power_of_2, operator, pick
 
 CONFIGS = (
     Config(
@@ -257,7 +257,7 @@ def launch_logprob(
     return result
 
 
-@torch.library.custom_op("falcon_h1r::logprob", mutates_args=())
+@operator("logprob")
 def _logprob_op(
     logits_mv: Tensor, chosen_m: Tensor, k: int, multiplier: float, config: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Config, check_inputs, next_power_of_2, pick
+from .launch import Config, check_inputs, next_power_of_2, operator, pick
 from .strides import in_units
 
 CONFIGS = (
@@ -104,7 +104,7 @@ def _default(d: int, rows: int) -> str:
     return "warps8" if d > 2048 else "warps4" if d > 1024 else "warps2"
 
 
-@torch.library.custom_op("falcon_h1r::rms_norm", mutates_args=())
+@operator("rms_norm")
 def _rms_norm_op(
     x: Tensor, weight_d: Tensor, eps: float, residual: Tensor | None, config: str
 ) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Config, check_inputs, next_power_of_2, pick
+from .launch import Config, check_inputs, next_power_of_2, operator, pick
 from .strides import in_units
 
 HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
@@ -117,7 +117,7 @@ def launch_rope(
     return out
 
 
-@torch.library.custom_op("falcon_h1r::rope", mutates_args=())
+@operator("rope")
 def _rope_op(
     x_bhle: Tensor, cos_bli: Tensor, sin_bli: Tensor, multiplier: float, config: str
 ) -> Tensor:

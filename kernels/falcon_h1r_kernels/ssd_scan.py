@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import ssd_fused, ssd_staged
-from .launch import check_inputs
+from .launch import check_inputs, operator
 
 FORMS = ("auto", "staged", "fused")
 CONFIGS = ssd_fused.CONFIGS
@@ -143,7 +143,7 @@ def _check(x_blhp, dt_blh, A_h, B_blgn, C_blgn, chunk_size, form, optional: dict
         raise ValueError(f"{name}: seq_idx_bl {seq_idx.dtype}, expected int32 or int64")
 
 
-@torch.library.custom_op("falcon_h1r::ssd_scan", mutates_args=())
+@operator("ssd_scan")
 def _ssd_scan_op(
     x_blhp: Tensor,
     dt_blh: Tensor,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .activations import silu, softplus
 from .conv_parts import check_shape, check_weights, convolved
-from .launch import DTYPES, Config, check_inputs, next_power_of_2, pick
+from .launch import DTYPES, Config, check_inputs, next_power_of_2, operator, pick
 from .strides import in_units
 
 NO_LIMIT = (0.0, math.inf)
@@ -297,7 +297,7 @@ def _default(state_bhpn: Tensor, conv: Conv | None) -> str:
     return "tile2048" if state_bhpn.numel() > 2**20 else "tile1024"
 
 
-@torch.library.custom_op("falcon_h1r::ssd_step", mutates_args={"state_bhpn"})
+@operator("ssd_step", mutates_args={"state_bhpn"})
 def _ssd_step_op(
     state_bhpn: Tensor,
     x_bhp: Tensor,

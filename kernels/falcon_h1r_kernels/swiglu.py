@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import silu
-from .launch import Config, check_inputs, pick
+from .launch import Config, check_inputs, operator, pick
 from .strides import in_units
 
 HALF = (torch.bfloat16, torch.float16)
@@ -93,7 +93,7 @@ def _default(gate: Tensor) -> str:
     return "block1024" if gate.numel() < 2**20 or gate.dtype is torch.float32 else "block2048"
 
 
-@torch.library.custom_op("falcon_h1r::swiglu", mutates_args=())
+@operator("swiglu")
 def _swiglu_op(
     gate: Tensor, up: Tensor, gate_multiplier: float, up_multiplier: float, config: str
 ) -> Tensor:

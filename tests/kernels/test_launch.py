@@ -1,0 +1,84 @@
+"""What all launchers share: configurations by name, device and dtype checks, the device guard."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checks import normal
+from falcon_h1r_kernels.launch import Config, check_inputs, operator, pick
+from triton.runtime.interpreter import InterpreterBuilder
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDE, NARROW = (torch.float32,), (torch.bfloat16, torch.float16)
+CONFIGS = (
+    Config("narrow", {"BLOCK": 1}, 4, 2, "", NARROW),
+    Config("any", {"BLOCK": 2}, 8, 3, ""),
+    Config("wide", {"BLOCK": 3}, 8, 1, "", WIDE),
+)
+
+
+def test_the_first_configuration_that_serves_is_taken():
+    assert pick(CONFIGS, torch.bfloat16).name == "narrow"
+    assert pick(CONFIGS, torch.float32).name == "any"
+    assert pick(CONFIGS, torch.float32, "wide").options == {
+        "BLOCK": 3,
+        "num_warps": 8,
+        "num_stages": 1,
+    }
+    with pytest.raises(ValueError, match=r"no configuration 'narrow' for torch.float32; .* any, wi"):
+        pick(CONFIGS, torch.float32, "narrow")
+
+
+def test_devices_and_dtypes_are_checked(monkeypatch):
+    x = normal(2)
+    check_inputs("op", x, None, x.bfloat16())
+    with pytest.raises(ValueError, match="op: tensors on cpu and on meta"):
+        check_inputs("op", x, None, x.to("meta"))
+    with pytest.raises(ValueError, match=r"op: torch.float64 is not served .* only bfloat16"):
+        check_inputs("op", x.double())
+    monkeypatch.setattr(InterpreterBuilder, "exact_bfloat16", False)
+    with pytest.raises(ValueError, match="computes bfloat16 wrongly"):
+        check_inputs("op", x, x.bfloat16())
+
+
+def test_an_operator_runs_on_the_device_of_its_first_tensor(monkeypatch):
+    entered = []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            entered.append(self.tensor)
+
+        def __exit__(self, *error):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+
+    @operator("test_guard")
+    def launch(x: torch.Tensor, factor: float) -> torch.Tensor:
+        assert len(entered) == 1
+        return x * factor
+
+    x = normal(3)
+    assert torch.equal(launch(x, 2.0), 2 * x)
+    assert entered[0] is not None and entered[1] is None
+
+
+def test_a_cpu_without_the_interpreter_is_refused():
+    code = (
+        "import torch; from falcon_h1r_kernels.rms_norm import rms_norm\n"
+        "try: rms_norm(torch.ones(2, 4), torch.ones(4), 1e-5)\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": "kernels"},
+    )
+    assert "need a GPU, or TRITON_INTERPRET=1" in done.stdout, done.stderr
