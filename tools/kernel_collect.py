@@ -61,12 +61,14 @@ def compiled_rows(index, dtype, configs, target):
                 first = str(error).partition("\n")[0]
                 text = f"{type(error).__name__}: {first}"
                 rows.append(head | {"config": config, "default": config == "", "error": text})
+                if config == "":
+                    return rows  # the named ones would say the same
         for one in launches:
             if (one.compiled.hash, one.grid) in seen:
                 continue
             seen.add((one.compiled.hash, one.grid))
             own = {
-                "config": config or _name(case.table, one),
+                "config": config or _name([e for e in case.table if kind in e.dtypes], one),
                 "default": config == "",
                 "kernel": one.kernel,
                 "grid": list(one.grid),

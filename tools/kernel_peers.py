@@ -11,16 +11,16 @@ import sys
 import types
 from pathlib import Path
 
-# Their kernel, the kernel of ours with the same task.
-PAIRS = (
-    ("_chunk_cumsum_fwd_kernel", "_chunk_cumsum_kernel"),
-    ("_bmm_chunk_fwd_kernel", "_chunk_bmm_kernel"),
-    ("_chunk_state_fwd_kernel", "_chunk_state_kernel"),
-    ("_state_passing_fwd_kernel", "_state_passing_kernel"),
-    ("_chunk_scan_fwd_kernel", "_chunk_scan_kernel"),
-    ("_selective_scan_update_kernel", "_ssd_step_kernel"),
-    ("_layer_norm_fwd_1pass_kernel", "_gated_rms_norm_kernel"),
-)
+# Their kernel: the kernels of ours that do its work.
+PAIRS = {
+    "_chunk_cumsum_fwd_kernel": ("_chunk_cumsum_kernel",),
+    "_bmm_chunk_fwd_kernel": ("_chunk_bmm_kernel",),
+    "_chunk_state_fwd_kernel": ("_chunk_state_kernel", "_state_walk_kernel"),
+    "_state_passing_fwd_kernel": ("_state_passing_kernel",),
+    "_chunk_scan_fwd_kernel": ("_chunk_scan_kernel", "_ssd_walk_kernel"),
+    "_selective_scan_update_kernel": ("_ssd_step_kernel",),
+    "_layer_norm_fwd_1pass_kernel": ("_gated_rms_norm_kernel",),
+}
 KEPT = 3
 TARGET = "90"
 
@@ -47,7 +47,8 @@ def compile_peers(checkout: Path) -> dict:
         if one.compiled.hash in seen:
             continue
         seen.add(one.compiled.hash)
-        blocks = [f"{name[-1]}{n}" for name, n in one.meta.items() if name.startswith("BLOCK")]
+        sizes = [item for item in one.meta.items() if item[0].startswith("BLOCK_")]
+        blocks = [f"{name.removeprefix('BLOCK_SIZE_')}={size}" for name, size in sizes]
         own = {"kernel": one.kernel, "config": " ".join(blocks), "dtype": "bfloat16"}
         rows.append(own | {"target": TARGET, "default": False} | facts(one.compiled, TARGET))
 
@@ -64,7 +65,7 @@ def compile_peers(checkout: Path) -> dict:
     command = ["git", "-C", str(checkout), "log", "-1", "--format=%h"]
     commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     shape = "1 x 4096, 24 heads of 128, state 256, 1 group, chunk 128; step: 64 rows"
-    return {"commit": commit, "shape": shape, "pairs": PAIRS, "rows": kept}
+    return {"commit": commit, "shape": shape, "rows": kept}
 
 
 def _once(function, quantiles=None, **_):
@@ -96,7 +97,7 @@ def _call_step(b=64, h=24, p=128, n=256):
     x, B, per_head = tensor(b, h, p, dtype=half), tensor(b, 1, n, dtype=half), tensor(h)
     dt, D = tensor(b, h)[..., None].expand(b, h, p), per_head[:, None].expand(h, p)
     A = per_head[:, None, None].expand(h, p, n)
-    selective_state_update(tensor(b, h, p, n), x, dt, A, B, B, D)
+    selective_state_update(tensor(b, h, p, n), x, dt, A, B, B, D, dt_bias=D)
 
 
 def _call_norm(rows=4096, d=3072):

@@ -4,6 +4,7 @@ from itertools import groupby
 
 import kernel_rules
 import kernel_sass
+from kernel_peers import PAIRS
 from kernel_targets import MACHINES, SOURCE, TARGETS
 
 
@@ -283,22 +284,18 @@ def _peers(rows, peers):
         f"mamba_ssm {peers['commit']} compiled with the same tools at the same shape (bfloat16, "
         f"{peers['shape']}) and counted the same way. Of each of its kernels: the "
         "configurations of its autotune table without spills, fewest instructions per MMA kFLOP "
-        "first, three at most; then our default."
+        "first, three at most; then our defaults. The walks do more: `state_walk` also passes the "
+        "states on, `ssd_walk` (once for the ends of segments, once for y) does both and the scan."
     )
     yield ""
     body = []
-    for theirs, ours in peers["pairs"]:
+    defaults = [row for row in rows if row["default"] and row["target"] == "90"]
+    for theirs, ours in PAIRS.items():
         body += [("theirs", *_peer_cells(row)) for row in peers["rows"] if row["kernel"] == theirs]
-        own = (
-            r
-            for r in rows
-            if r.get("kernel") == ours
-            and r["default"]
-            and r["target"] == "90"
-            and r["dtype"] == "bfloat16"
-            and r["shape"].startswith("h1r-7b")
-        )
-        body += [("ours", *_peer_cells(row)) for row in own]
+        for row in defaults:
+            same = row["dtype"] == "bfloat16" and row["shape"].startswith("h1r-7b")
+            if same and row.get("kernel") in ours:
+                body.append((f"ours, {row['case']}", *_peer_cells(row)))
     yield from table(
         "whose | kernel | configuration | warps/stages | registers | stack B | shared KiB "
         "| blocks/SM | MMA | LDG | LDGSTS | hot loops | per MMA kFLOP",

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and reports what the compiler made.
 
 python tools/kernel_report.py                     writes kernels/report.md and kernels/report.json
+python tools/kernel_report.py --update --kernel rms_norm        the same of some families alone
 python tools/kernel_report.py --check             compiles again, compares; status 1: see below
 python tools/kernel_report.py --kernel rms_norm --targets 90 [--config NAME] [--dtype bfloat16]
                                                   prints what those compile to
@@ -91,6 +92,19 @@ def _full(row):
     return row | {"code": _EMPTY | row["code"], "hot": [_EMPTY | loop for loop in row["hot"]]}
 
 
+def merged(old: dict, new: dict) -> dict:
+    """`old` with the families of `new` in place of its own, in the order of the cases."""
+    from kernel_launches import CASES
+
+    order = list(dict.fromkeys(case.name for case in CASES))
+    report = old | {"versions": new["versions"]}
+    for part in ("rows", "traffic", "floors"):
+        fresh = {one["case"] for one in new[part]}
+        kept = [one for one in old[part] if one["case"] in order and one["case"] not in fresh]
+        report[part] = sorted(kept + new[part], key=lambda one: order.index(one["case"]))
+    return report
+
+
 _KEY = ("case", "shape", "kernel", "dtype", "config", "target", "call")
 
 
@@ -152,7 +166,12 @@ def main(argv=None) -> int:
         metavar="TARGETS",
         help="with --check: compile the default configurations alone for these targets",
     )
-    parser.add_argument("--peers", type=Path, help="a checkout of mamba_ssm to compile beside ours")
+    parser.add_argument(
+        "--update", action="store_true", help="with --kernel: write these anew, keep the others"
+    )
+    parser.add_argument(
+        "--peers", type=Path, help="a checkout of mamba_ssm: compile its kernels, keep the rest"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -172,19 +191,21 @@ def main(argv=None) -> int:
             wrong = check(report, load(path), complete=not args.kernel)
             print("\n".join(wrong) or "as committed, and every rule holds")
             return 1 if wrong else 0
-        if args.kernel or args.config or args.dtype or args.cases:
+        if not args.update and (args.kernel or args.config or args.dtype or args.cases):
             for row in kernel_collect.collect(args.kernel, targets, args.config, args.dtype):
                 print(kernel_render.show(row), flush=True)
             return 0
-        report = build(None, targets, args.workers)
+        if args.peers:
+            import kernel_peers
+
+            report = load(path) | {"peers": kernel_peers.compile_peers(args.peers)}
+        elif args.update:
+            report = merged(load(path), build(args.kernel, targets, args.workers))
+        else:
+            peers = load(path)["peers"] if path.exists() else {}
+            report = build(None, targets, args.workers) | {"peers": peers}
     except ValueError as error:
         parser.error(str(error))
-    peers = load(path)["peers"] if path.exists() else {}
-    if args.peers:
-        import kernel_peers
-
-        peers = kernel_peers.compile_peers(args.peers)
-    report["peers"] = peers
     path.write_text(dump(report))
     path.with_suffix(".md").write_text(kernel_render.markdown(report))
     wrong = kernel_rules.verdict(report["rows"], complete=True)

@@ -184,7 +184,7 @@ def narrow():
         (row(hot=[], code=row()["code"] | {"mma": {}}), {"mma"}),
         (row(dots=0, target="80"), set()),
         (narrow(), {"loads"}),
-        ({"error": "no", "case": "one", "shape": "1", "target": "90"}, {"compiles"}),
+        ({"error": "no", "target": "90"}, {"compiles"}),
     ],
 )
 def test_rules(wrong, rules):
@@ -198,6 +198,11 @@ def test_only_defaults_are_judged_and_excuses_must_be_needed(monkeypatch):
         "_one_kernel (one, 1) bfloat16 first on 90: spills: 8 bytes of stack, 0 LDL/STL"
     ]
     assert not kernel_rules.verdict([spilling | {"default": False}])
+    refused = {"error": "ValueError: a shape", "case": "one", "shape": "1", "target": "90"}
+    refused |= {"default": False, "dtype": "bfloat16", "config": "second"}
+    assert not kernel_rules.verdict([refused])
+    assert kernel_rules.verdict([refused | {"default": True}])
+    assert kernel_rules.verdict([refused | {"error": "CompilationError: at 1:1"}])
     monkeypatch.setattr(kernel_rules, "EXEMPT", {("_one_kernel", "spills"): "a reason"})
     assert not kernel_rules.verdict([spilling], complete=True)
     assert not kernel_rules.verdict([row()])
