@@ -219,18 +219,19 @@ def _traffic(records):
     body = []
     for record in records:
         launches, minimum = record["launches"], record["minimum"]
+        call = f"{record['case']}: {record['call']}"
         for launch in launches:
             name = launch["kernel"].strip("_").removesuffix("_kernel")
-            body.append((record["call"], name, launch["programs"], *_bytes(launch), "", ""))
+            body.append((call, name, launch["programs"], *_bytes(launch), "", ""))
         total = {key: sum(one[key] for one in launches) for key in _COUNTED}
         needed = minimum["load"] + minimum["store"]
         moved = total["unique_load_bytes"] + total["unique_store_bytes"]
         ratio = f"{moved / needed:.2f}"
         flops = total["dot_flops"] / minimum["flops"] if total["dot_flops"] else 0
         times = f"{flops:.2f}" if flops else "-"
-        body.append((record["call"], "**all**", "", *_bytes(total), ratio, times))
+        body.append((call, "**all**", "", *_bytes(total), ratio, times))
         floor = (minimum["load"], "", minimum["store"], minimum["flops"] if flops else "-")
-        body.append((record["call"], "minimum", "", "", *floor, "1.00", "1.00" if flops else "-"))
+        body.append((call, "minimum", "", "", *floor, "1.00", "1.00" if flops else "-"))
     yield from table(
         "call | kernel | programs | load issued | load unique | store issued | store unique "
         "| dot FLOPs | bytes / minimum | FLOPs / minimum",
