@@ -4,8 +4,8 @@ import multiprocessing
 import os
 import tempfile
 
-# What is compiled when no dtype is asked for. float16 differs from bfloat16 only in the types of
-# its instructions; of float32 the default and what no other dtype uses are compiled.
+# What is compiled when no dtype is asked for. float16 mostly differs from bfloat16 in the types of
+# its instructions only; of float32 the default and what no other dtype uses are compiled.
 DTYPES = ("bfloat16", "float32")
 
 

@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 
 from falcon_h1r.bench.operators import OPERATORS  # noqa: E402
-from falcon_h1r.bench.sizes import Cost, Draw, Operator, Size  # noqa: E402
+from falcon_h1r.bench.sizes import Cost, Draw, Size  # noqa: E402
 from falcon_h1r.config import FalconH1Config  # noqa: E402
 
 MODEL = "falcon-h1r-7b"
@@ -63,11 +63,11 @@ class Case(NamedTuple):
         return function(**(self.adapt(inputs) if self.adapt else inputs), config=config)
 
     def inputs(self, size: Size, draw: Draw) -> dict[str, Any]:
-        return operator(self.operator).inputs(size, draw)
+        return OPERATORS[self.operator].inputs(size, draw)
 
     def cost(self, dtype: torch.dtype) -> Cost:
         """Bytes and FLOPs of the call at the least."""
-        return operator(self.operator).cost(self.size(dtype))
+        return OPERATORS[self.operator].cost(self.size(dtype))
 
     def launch(self, dtype: torch.dtype, config: str) -> None:
         """Make the call with tensors that have no memory."""
@@ -102,27 +102,6 @@ def tensor(*shape, dtype=torch.float32):
 
 def _form(name: str):
     return lambda inputs: inputs | {"form": name}
-
-
-def _logprob_inputs(s: Size, draw: Draw) -> dict[str, Any]:
-    rows, vocabulary = s.b * s.l, s.config.vocab_size
-    logits = draw.normal(rows, vocabulary, dtype=s.dtype)
-    chosen = torch.arange(rows, device=draw.device) % vocabulary
-    return {"logits_mv": logits, "chosen_m": chosen}
-
-
-def _logprob_cost(s: Size) -> Cost:
-    """Every logit once, a token id in and three numbers out per row; two operations and an exp."""
-    rows, logits = s.b * s.l, s.b * s.l * s.config.vocab_size
-    return Cost(logits * s.item + 8 * rows, 12 * rows, 4 * logits)
-
-
-LOGPROB = Operator("logprob", "", ("decode",), _logprob_inputs, _logprob_cost)
-
-
-def operator(name: str) -> Operator:
-    """The registry's, and one that it has not got."""
-    return LOGPROB if name == "logprob" else OPERATORS[name]
 
 
 _DECODE = (64, 1, 4095)

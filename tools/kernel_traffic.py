@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests" / "kernels"
 
 import interpret  # noqa: E402
 import torch  # noqa: E402
-from kernel_launches import CASES, Draw, operator  # noqa: E402
+from kernel_launches import CASES, OPERATORS, Draw  # noqa: E402
 
 from falcon_h1r.config import FalconH1Config  # noqa: E402
 
@@ -58,7 +58,7 @@ def measure(case) -> dict:
     size = case.size(torch.bfloat16, config, PLACES[case.name])
     with interpret.counted() as launches:
         case.call(case.inputs(size, Draw(0, "cpu")), "")
-    minimum = operator(case.operator).cost(size)
+    minimum = OPERATORS[case.operator].cost(size)
     b, l, past = PLACES[case.name]
     return {
         "case": case.name,

@@ -3,7 +3,6 @@
 Axes: b batch, h query heads, j key/value heads, s keys, e head size.
 """
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -32,17 +31,6 @@ def check_keys(operator: str, q: Tensor, k_bjse: Tensor, v_bjse: Tensor) -> None
         )
     if not 1 <= e <= MAX_HEAD_DIM:
         raise ValueError(f"{operator}: head size {e}, expected 1 to {MAX_HEAD_DIM}")
-
-
-def check_rows(operator: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless `tensor` is None or integers of `shape`."""
-    if tensor is None:
-        return
-    if tensor.shape != shape or tensor.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"{operator}: {name} is {tuple(tensor.shape)} {tensor.dtype}, "
-            f"expected {shape} of int64 or int32"
-        )
 
 
 def offset_type(block: int, *tensors: Tensor):

@@ -18,7 +18,7 @@ from .activations import silu
 from .conv1d_step import CONFIGS as STEP_CONFIGS
 from .conv1d_step import causal_conv1d_step
 from .conv_parts import check_shape, check_weights, taps
-from .launch import Config, check_inputs, operator, pick
+from .launch import Config, check_inputs, check_rows, operator, pick
 from .strides import in_units
 
 __all__ = ["CONFIGS", "STEP_CONFIGS", "causal_conv1d", "causal_conv1d_step"]
@@ -115,7 +115,7 @@ def _causal_conv1d_kernel(
         # The final window: the V samples up to the row's last real one, from its document only.
         end = length
         if HAS_LENGTHS:
-            end = tl.load(lengths_ptr + batch).to(tl.int32)
+            end = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int32), length)
         for i in tl.static_range(V):
             position = end - V + i
             keep = channels
@@ -221,11 +221,13 @@ def launch_causal_conv1d(
     """Validate, allocate and launch; returns y (b, l, c) and the final window (b, v, c)."""
     name = "causal_conv1d"
     check_inputs(name, x_blc, weight_cw, bias_c, initial_window_bvc, lengths_b, seq_idx_bl)
+    if x_blc.ndim != 3:
+        raise ValueError(f"{name}: x {tuple(x_blc.shape)}, expected (b, l, c)")
     b, l, c = x_blc.shape
     v = check_weights(name, c, weight_cw, bias_c)
     check_shape(name, "initial window", initial_window_bvc, (b, v, c))
-    check_shape(name, "lengths", lengths_b, (b,))
-    check_shape(name, "seq_idx", seq_idx_bl, (b, l))
+    check_rows(name, "lengths", lengths_b, (b,))
+    check_rows(name, "seq_idx", seq_idx_bl, (b, l))
     y = torch.empty(b, l, c, dtype=x_blc.dtype, device=x_blc.device)
     final = torch.empty(b, v, c, dtype=x_blc.dtype, device=x_blc.device)
     chosen = pick(CONFIGS, x_blc.dtype, config or _default(x_blc))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .activations import silu
 from .conv_parts import check_shape, check_weights, taps
-from .launch import DTYPES, Config, check_inputs, operator, pick
+from .launch import DTYPES, Config, check_in_place, check_inputs, operator, pick
 from .strides import in_units
 
 HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
@@ -81,6 +81,7 @@ def launch_causal_conv1d_step(
     b, c = x_bc.shape
     v = check_weights(name, c, weight_cw, bias_c)
     check_shape(name, "window", window_bvc, (b, v, c))
+    check_in_place(name, "window", window_bvc)
     if window_bvc.dtype not in DTYPES:
         raise ValueError(f"{name}: window of {window_bvc.dtype} is not served by the kernels")
     y = torch.empty(b, c, dtype=x_bc.dtype, device=x_bc.device)

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_inputs import check_keys, check_rows, offset_type
-from .launch import Config, check_inputs, next_power_of_2, operator, pick
+from .attention_inputs import check_keys, offset_type
+from .launch import Config, check_inputs, check_rows, next_power_of_2, operator, pick
 
 HALVES = (torch.bfloat16, torch.float16)
 CONFIGS = (

@@ -72,7 +72,8 @@ def operator(name: str, mutates_args: Collection[str] = ()) -> Callable:
 def check_inputs(operator: str, *tensors: Tensor | None, dtypes=DTYPES) -> None:
     """Raise ValueError unless kernels can take these tensors; None entries are passed over.
 
-    The first tensor decides the device and must be of one of `dtypes`. Tensors on a CPU need
+    The first tensor decides the device and must be of one of `dtypes`; others that hold real
+    numbers may be of any that the kernels take. Tensors on a CPU need
     Triton's interpreter. The stock interpreter computes with the raw bits of bfloat16 and rounds
     to it by truncation, without a word, so bfloat16 is refused there unless it was repaired (the
     repair marks its builder with `exact_bfloat16`).
@@ -81,9 +82,13 @@ def check_inputs(operator: str, *tensors: Tensor | None, dtypes=DTYPES) -> None:
     for tensor in tensors:
         if tensor is not None and tensor.device != first.device:
             raise ValueError(f"{operator}: tensors on {first.device} and on {tensor.device}")
-    if first.dtype not in dtypes:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{operator}: {first.dtype} is not served by the kernels, only {accepted}")
+        if tensor is first or (tensor is not None and tensor.is_floating_point()):
+            served = dtypes if tensor is first else DTYPES
+            if tensor.dtype not in served:
+                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in served)
+                raise ValueError(
+                    f"{operator}: {tensor.dtype} is not served by the kernels, only {names}"
+                )
     if first.device.type == "cpu" and not _is_fake(first):
         if not knobs.runtime.interpret:
             raise ValueError(
@@ -95,6 +100,36 @@ def check_inputs(operator: str, *tensors: Tensor | None, dtypes=DTYPES) -> None:
             raise ValueError(
                 f"{operator}: Triton's interpreter computes bfloat16 wrongly; use float32"
             )
+
+
+def check_rows(operator: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `tensor` is None or integers of `shape`."""
+    if tensor is None:
+        return
+    if tensor.shape != shape or tensor.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{operator}: {name} is {tuple(tensor.shape)} {tensor.dtype}, "
+            f"expected {shape} of int64 or int32"
+        )
+
+
+def check_in_place(operator: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError if elements of a tensor that is updated in place share memory."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride())):
+        raise ValueError(f"{operator}: {name} is expanded, and cannot be updated in place")
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the stretches of memory from first to last element meet; fake tensors have none."""
+
+    def stretch(t: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize
+
+    if _is_fake(a) or _is_fake(b) or not a.numel() or not b.numel():
+        return False
+    (a_start, a_end), (b_start, b_end) = stretch(a), stretch(b)
+    return a_start < b_end and b_start < a_end
 
 
 def _is_fake(tensor: Tensor) -> bool:

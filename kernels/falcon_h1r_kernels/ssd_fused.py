@@ -28,6 +28,7 @@ from .strides import in_units
 
 HALVES = (torch.bfloat16, torch.float16)
 MAX_STATE = 256
+SHARED_OF_P64Q64 = 122 * 1024
 
 CONFIGS = (
     Config(
@@ -233,6 +234,16 @@ def _ssd_walk_kernel(
             if HAS_SEQ_IDX:
                 decay = tl.where(before == entering, decay, 0.0)
             tl.store(decays_ptr + ended, decay)
+
+
+def default_config(dtype: torch.dtype, shared_memory: int) -> str:
+    """The configuration for a GPU that gives a program so many bytes of shared memory.
+
+    p64q64 needs 121 KiB on sm_80 and 193 KiB on sm_90; sm_86, sm_89 and sm_120 give 99 KiB. In
+    float16 it spills on sm_90.
+    """
+    narrow = dtype is torch.float16 or shared_memory < SHARED_OF_P64Q64
+    return "p64q32" if narrow and dtype in HALVES else pick(CONFIGS, dtype).name
 
 
 def tiling(dtype: torch.dtype, p: int, config: str = "") -> tuple[int, int]:

@@ -214,6 +214,8 @@ def chunk_cumsum(
     dt_bhcq = torch.empty((b, h, chunks, chunk), dtype=torch.float32, device=dt_blh.device)
     sum_bhcq = torch.empty((b, h, chunks, chunk), dtype=wide, device=dt_blh.device)
     chosen = pick(CUMSUM_CONFIGS, dtype, config)
+    # The default clamps nothing, as in `ssd_step`, not even a dt that no model makes.
+    low, high = dt_limit if tuple(dt_limit) != (0.0, math.inf) else (-math.inf, math.inf)
     if dt_bhcq.numel() > 0:
         _chunk_cumsum_kernel[(b * chunks, triton.cdiv(h, chosen.meta["BLOCK_H"]))](
             dt_blh,
@@ -224,8 +226,8 @@ def chunk_cumsum(
             l,
             h,
             chunks,
-            float(dt_limit[0]),
-            float(dt_limit[1]),
+            float(low),
+            float(high),
             *dt_blh.stride(),
             *A_h.stride(),
             *((0,) if dt_bias_h is None else dt_bias_h.stride()),

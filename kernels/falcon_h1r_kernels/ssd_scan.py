@@ -26,7 +26,8 @@ CONFIGS = ssd_fused.CONFIGS
 
 MAX_SEGMENTS = 64
 ASSUMED_MULTIPROCESSORS = 132
-"""An H100's: the number that plans are made with where there is no GPU."""
+ASSUMED_SHARED_MEMORY = 227 * 1024
+"""An H100's: the numbers that plans are made with where there is no GPU."""
 
 # Estimates from instruction counts and bytes at an H100's peak rates, for a state of 64 x 256 per
 # program, in units of one chunk of 64 positions of the walk that writes y; not measured on a GPU.
@@ -105,6 +106,17 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; an H100's where there is no GPU."""
+    if device.type != "cuda":
+        return ASSUMED_SHARED_MEMORY
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
 def _check(x_blhp, dt_blh, A_h, B_blgn, C_blgn, chunk_size, form, optional: dict) -> None:
     """Raise ValueError unless shapes and dtypes fit together and `form` exists."""
     name = "ssd_scan"
@@ -172,11 +184,13 @@ def _ssd_scan_op(
         form = "fused" if config in [known.name for known in CONFIGS] else "staged"
     if form == "auto" and B_blgn.shape[-1] > ssd_fused.MAX_STATE:
         form = "staged"
-    tail = (initial_state_bhpn, seq_idx_bl, dt_bias_h, dt_softplus, (dt_min, dt_max), config)
-    segments = 1
+    tail = (initial_state_bhpn, seq_idx_bl, dt_bias_h, dt_softplus, (dt_min, dt_max))
+    segments, fused_config = 1, config
     if form != "staged":
         b, l, h, p = x_blhp.shape
-        tiles, block = ssd_fused.tiling(x_blhp.dtype, p, config)
+        if not config:
+            fused_config = ssd_fused.default_config(x_blhp.dtype, _shared_memory(x_blhp.device))
+        tiles, block = ssd_fused.tiling(x_blhp.dtype, p, fused_config)
         form, segments = plan(
             b,
             h,
@@ -189,9 +203,11 @@ def _ssd_scan_op(
         )
     if form == "staged":
         return ssd_staged.launch_ssd_staged(
-            x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, chunk_size, *tail
+            x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, chunk_size, *tail, config
         )
-    return ssd_fused.launch_ssd_fused(x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, segments, *tail)
+    return ssd_fused.launch_ssd_fused(
+        x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, segments, *tail, fused_config
+    )
 
 
 @_ssd_scan_op.register_fake
@@ -231,7 +247,8 @@ def ssd_scan(
     form: "fused", "staged", or "auto" for what `plan` says; chunk_size is the staged form's.
     config: a configuration of the form; without a form it decides that too. The result depends on
     all three by rounding only. y (b, l, h, p) and the final state (b, h, p, n) are contiguous.
-    Raises ValueError.
+    In float16 the state and x dt enter products as float16: beyond 65504 they are infinite, where a
+    scan in float32 is not. Raises ValueError.
     """
     return _ssd_scan_op(
         x_blhp,

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from .activations import silu, softplus
 from .conv_parts import check_shape, check_weights, convolved
-from .launch import DTYPES, Config, check_inputs, next_power_of_2, operator, pick
+from .launch import (
+    DTYPES,
+    Config,
+    check_in_place,
+    check_inputs,
+    next_power_of_2,
+    operator,
+    pick,
+    share_memory,
+)
 from .strides import in_units
 
 NO_LIMIT = (0.0, math.inf)
@@ -218,6 +227,7 @@ def launch_ssd_step(
     for label, tensor in (("A", A_h), ("D", D_h), ("dt_bias", dt_bias_h)):
         check_shape(name, label, tensor, (h,))
     check_shape(name, "z", z_bhp, (b, h, p))
+    check_in_place(name, "state", state_bhpn)
     v = 0
     if conv is not None:
         c = h * p + 2 * groups * n
@@ -225,7 +235,8 @@ def launch_ssd_step(
         v = check_weights(name, c, conv.weight_cw, conv.bias_c)
         check_shape(name, "window", conv.window_bvc, (b, v, c))
         check_shape(name, "new_window", conv.new_window_bvc, (b, v, c))
-        if conv.window_bvc.data_ptr() == conv.new_window_bvc.data_ptr() != 0:  # 0: no memory
+        check_in_place(name, "new_window", conv.new_window_bvc)
+        if share_memory(conv.window_bvc, conv.new_window_bvc):
             raise ValueError(f"{name}: the new window must be other memory than the window")
     y = torch.empty(b, h, p, dtype=x.dtype, device=x.device)
     chosen = pick(CONFIGS, x.dtype, config or _default(state_bhpn, conv))

@@ -228,6 +228,13 @@ def test_operator_registration():
     torch.library.opcheck(_causal_conv1d_step_op, (x[:, 0], window, weight, bias, ""))
 
 
+def test_a_length_beyond_the_row_is_the_row():
+    x, weight, bias, _ = inputs(2, 5, 8, 4)
+    beyond = causal_conv1d(x, weight, bias, lengths_b=torch.tensor([9, 5]))
+    whole = causal_conv1d(x, weight, bias)
+    assert all(torch.equal(a, b) for a, b in zip(beyond, whole))
+
+
 def test_refusals():
     x, weight, bias, window = inputs(2, 5, 8, 4)
     step = causal_conv1d_step
@@ -237,11 +244,14 @@ def test_refusals():
         (lambda: causal_conv1d(x, weight, normal(7)), "bias is \\(7,\\)"),
         (lambda: causal_conv1d(x, weight, initial_window_bvc=x), "initial window is \\(2, 5"),
         (lambda: causal_conv1d(x, weight, lengths_b=torch.tensor([1])), "lengths is \\(1,\\)"),
+        (lambda: causal_conv1d(x, weight, lengths_b=torch.ones(2)), "lengths is .* torch.float32"),
         (lambda: causal_conv1d(x, weight, seq_idx_bl=torch.ones(2, 4)), "seq_idx is \\(2, 4\\)"),
+        (lambda: causal_conv1d(x[0], weight), "expected \\(b, l, c\\)"),
         (lambda: causal_conv1d(x.double(), weight), "float64"),
         (lambda: causal_conv1d(x, weight, config="segment8"), "there are: channels256"),
         (lambda: step(x[:, 0], x, weight), "window is \\(2, 5, 8\\)"),
         (lambda: step(x[:, 0], window.double(), weight), "float64"),
+        (lambda: step(x[:, 0], window[:1].expand(2, -1, -1), weight), "window is expanded"),
         (lambda: step(x[:, 0].double(), window, weight), "float64"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -205,6 +205,28 @@ def test_operator_registration():
         torch.library.opcheck(_ssd_scan_op, bare)
 
 
+def test_the_default_configuration_fits_the_device(monkeypatch):
+    """bfloat16 on a large GPU; what takes less shared memory elsewhere, and in float16."""
+    kib = 1024
+    assert ssd_fused.default_config(torch.bfloat16, 163 * kib) == "p64q64"
+    assert ssd_fused.default_config(torch.bfloat16, 99 * kib) == "p64q32"
+    assert ssd_fused.default_config(torch.float16, 227 * kib) == "p64q32"
+    assert ssd_fused.default_config(torch.float32, 99 * kib) == "p32q16"
+    taken = []
+    launch = ssd_fused.launch_ssd_fused
+
+    def keep(*args):
+        taken.append(args[-1])
+        return launch(*args)
+
+    monkeypatch.setattr(ssd_fused, "launch_ssd_fused", keep)
+    inputs = make_inputs(1, 20, 4, 16, 2, 16, dtype=BF16)
+    ssd_scan(**inputs, form="fused")
+    monkeypatch.setattr(module, "_shared_memory", lambda device: 99 * kib)
+    ssd_scan(**inputs, form="fused")
+    assert taken == ["p64q64", "p64q32"]
+
+
 def test_refusals():
     inputs = make_inputs(2, 20, 4, 16, 2, 16)
     doubles = {k: v.double() for k, v in inputs.items() if k != "seq_idx_bl"}

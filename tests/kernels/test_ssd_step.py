@@ -281,6 +281,7 @@ def test_operator_registration():
 def test_refusals():
     state, x, dt, A, B, C, D = inputs(2, 4, 8, 2, 16)
     xBC, window, weight, bias = conv_inputs(2, 4, 8, 2, 16, 4)
+    wide = torch.cat([window, window], dim=1)
 
     def conv(x=xBC, old=window, new=None, groups=2):
         new = torch.empty_like(window) if new is None else new
@@ -294,13 +295,15 @@ def test_refusals():
         (lambda: ssd_step(state, x, dt, A[:2], B, C), "A is \\(2,\\)"),
         (lambda: ssd_step(state, x, dt, A, normal(2, 3, 16), C), "4 heads .* 3 groups"),
         (lambda: ssd_step(state, x, dt, A, B, C, z_bhp=x[:1]), "z is \\(1, 4, 8\\)"),
-        (lambda: ssd_step(state.double(), x, dt, A, B, C), "state of torch.float64"),
+        (lambda: ssd_step(state.double(), x, dt, A, B, C), "torch.float64 is not served"),
         (lambda: ssd_step(state, x.double(), dt, A, B, C), "float64"),
         (lambda: ssd_step(state, x, dt, A, B, C, config="x"), "there are: tile2048"),
         (lambda: conv(x=xBC[:, :5]), "xBC is \\(2, 5\\)"),
         (lambda: conv(old=window[:, :2]), "window is \\(2, 2, 96\\)"),
         (lambda: conv(new=window[:, :2]), "new_window is \\(2, 2, 96\\)"),
         (lambda: conv(new=window), "other memory"),
+        (lambda: conv(old=wide[:, :3], new=wide[:, 1:4]), "other memory"),
+        (lambda: ssd_step(state[:1].expand(2, -1, -1, -1), x, dt, A, B, C), "expanded"),
         (lambda: conv(groups=3), "4 heads"),
     ):
         with pytest.raises(ValueError, match=words):
