@@ -63,17 +63,22 @@ TORCH = Ops(
 
 @functools.cache
 def _triton() -> Ops:
-    from falcon_h1r_kernels import (
-        attention,
-        conv1d,
-        decode_attention,
-        gated_rms_norm,
-        rms_norm,
-        rope,
-        ssd_scan,
-        ssd_step,
-        swiglu,
-    )
+    try:
+        from falcon_h1r_kernels import (
+            attention,
+            conv1d,
+            decode_attention,
+            gated_rms_norm,
+            rms_norm,
+            rope,
+            ssd_scan,
+            ssd_step,
+            swiglu,
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"the table TRITON cannot be made ({error}); TORCH needs no kernels"
+        ) from error
 
     return Ops(
         rms_norm=rms_norm.rms_norm,
@@ -96,7 +101,10 @@ def __getattr__(name: str) -> Ops:
 
 
 def table(name: str) -> Ops:
-    """The table called "reference", "torch" or "triton". Raises ValueError for another name."""
+    """The table called "reference", "torch" or "triton".
+
+    Raises ValueError for another name, and for "triton" where Triton or the kernels are missing.
+    """
     if name not in NAMES:
         raise ValueError(f"no operator table {name!r}; there are: {', '.join(NAMES)}")
     return _triton() if name == "triton" else {"reference": REFERENCE, "torch": TORCH}[name]

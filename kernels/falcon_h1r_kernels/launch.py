@@ -1,9 +1,9 @@
 """What every launcher shares: named configurations, and the checks before a launch.
 
 A kernel's `CONFIGS` is its whole tuning space: named entries, each with the reason it is there. A
-launch takes the first entry that serves the request unless the caller names one; nothing is timed
-or tuned behind the caller's back, so a result never depends on the machine's mood and no tuner ever
-runs on live state.
+launch takes the entry that the caller names, or else the kernel's own rule on the shape, or else
+the first that serves the dtype; nothing is timed or tuned behind the caller's back, so a result
+never depends on the machine's mood and no tuner ever runs on live state.
 """
 
 import functools

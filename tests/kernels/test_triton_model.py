@@ -17,6 +17,8 @@ from models import make_config, make_model, random_ids, rms_error, same_weights
 from witness import make_witness, witness_logits
 
 from falcon_h1r import SamplingParams, generate
+from falcon_h1r import ops as operators
+from falcon_h1r.cli import main
 from falcon_h1r.ops import REFERENCE, TORCH, TRITON, Ops, default_table, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,8 +129,19 @@ def test_tables_by_name_and_by_device():
         table("cuda")
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert default_table(cpu, torch.bfloat16) is TORCH
-    assert default_table(cuda, torch.bfloat16) is TRITON
+    assert default_table(cuda, torch.bfloat16) == TRITON
     assert default_table(cuda, torch.float64) is TORCH
+
+
+def test_missing_kernels_are_one_clear_error(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "falcon_h1r_kernels", None)
+    operators._triton.cache_clear()
+    with pytest.raises(ValueError, match=r"TRITON cannot be made .*falcon_h1r_kernels.* TORCH"):
+        default_table(torch.device("cuda"), torch.bfloat16)
+    assert main(["generate", "What is 7+8?", "--ops", "triton"]) == 2
+    assert capsys.readouterr().err.startswith("falcon-h1r: error: the table TRITON cannot be made")
+    monkeypatch.undo()
+    operators._triton.cache_clear()
 
 
 def generated(*options) -> dict:
