@@ -58,11 +58,11 @@ def _causal_conv1d_step_kernel(
     y = tl.zeros([BLOCK_C], tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    window_row = window_ptr + batch * (window_stride_b * UNIT) + channel * window_stride_c
+    window_row = window_ptr + batch * window_stride_b * UNIT + channel * window_stride_c
     history = ()
     for i in tl.static_range(V):
         history += (tl.load(window_row + i * (window_stride_v * UNIT), mask=inside, other=0.0),)
-    address = x_ptr + batch * (x_stride_b * UNIT) + channel * x_stride_c
+    address = x_ptr + batch * x_stride_b * UNIT + channel * x_stride_c
     history += (tl.load(address, mask=inside, other=0.0).to(window_ptr.dtype.element_ty),)
     for i in tl.static_range(V + 1):
         y += history[i].to(tl.float32) * weights[i].to(tl.float32)

@@ -55,8 +55,8 @@ def _gated_rms_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < width
     channel = group * width + column
-    y_row = y_ptr + batch * (y_stride_b * UNIT) + position * (y_stride_l * UNIT)
-    z_row = z_ptr + batch * (z_stride_b * UNIT) + position * (z_stride_l * UNIT)
+    y_row = y_ptr + batch * y_stride_b * UNIT + position * (y_stride_l * UNIT)
+    z_row = z_ptr + batch * z_stride_b * UNIT + position * (z_stride_l * UNIT)
     y = tl.load(y_row + channel * y_stride_d, mask=inside, other=0.0).to(tl.float32)
     gate = silu(tl.load(z_row + channel * z_stride_d, mask=inside, other=0.0).to(tl.float32), EXACT)
     if HAS_WEIGHT:

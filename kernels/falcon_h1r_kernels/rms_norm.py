@@ -42,10 +42,10 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     inside = column < d
-    x_row = x_ptr + row * (x_stride_m * UNIT)
+    x_row = x_ptr + row * x_stride_m * UNIT
     x = tl.load(x_row + column * x_stride_d, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        residual_row = residual_ptr + row * (residual_stride_m * UNIT)
+        residual_row = residual_ptr + row * residual_stride_m * UNIT
         residual = tl.load(residual_row + column * residual_stride_d, mask=inside, other=0.0)
         x += residual.to(tl.float32)
         tl.store(sum_ptr + row * d + column, x, mask=inside)

@@ -54,7 +54,7 @@ def _rope_kernel(
     table = position * half + column
     cos = tl.load(cos_ptr + batch * cos_stride_b + table, mask=inside, other=0.0) * multiplier
     sin = tl.load(sin_ptr + batch * sin_stride_b + table, mask=inside, other=0.0) * multiplier
-    x_row = x_ptr + batch * (x_stride_b * UNIT) + position * (x_stride_l * UNIT)
+    x_row = x_ptr + batch * x_stride_b * UNIT + position * (x_stride_l * UNIT)
     halves = ()
     for i in tl.static_range(HEADS):  # all loads stand before the first store, which they must not
         head = (tl.program_id(1) * HEADS + i).to(tl.int64)  # pass: so they are in flight together

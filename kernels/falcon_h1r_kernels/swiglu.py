@@ -42,8 +42,8 @@ def _swiglu_kernel(
     row = (program // blocks).to(tl.int64)
     column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    gate_row = gate_ptr + row * (gate_stride_m * UNIT)
-    up_row = up_ptr + row * (up_stride_m * UNIT)
+    gate_row = gate_ptr + row * gate_stride_m * UNIT
+    up_row = up_ptr + row * up_stride_m * UNIT
     gate = tl.load(gate_row + column * gate_stride_i, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_row + column * up_stride_i, mask=inside, other=0.0).to(tl.float32)
     out = silu(gate * gate_multiplier, EXACT) * (up * up_multiplier)

@@ -3,10 +3,11 @@
 install()                       repairs it, for the whole process (interpret_repair.py)
 with sanitized(): ...           launches are checked: bounds, races (interpret_memory, _sanitize)
 with counted() as launches:     launches are measured: bytes, FLOPs (interpret_traffic.py)
+with only(programs):            of each launch only some programs run
 
-Both raise or report per launch, in the order of launches, and nest in any way. Tensors live on the
-CPU. Not seen: shapes that are not run, threads of one program beyond what interpret_sanitize.py
-names, values that nobody wrote (tests fill new memory with NaN).
+The first two raise or report per launch, in the order of launches, and nest in any way. Tensors
+live on the CPU. Not seen: shapes that are not run, threads of one program beyond what
+interpret_sanitize.py names, values that nobody wrote (tests fill new memory with NaN).
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from triton.runtime.interpreter import (
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Fault", "Launch", "counted", "install", "sanitized"]
+__all__ = ["Fault", "Launch", "counted", "install", "only", "sanitized"]
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
@@ -42,6 +43,20 @@ class _State:
     sanitizing = 0
     counts: list[list[Launch]] = []  # noqa: RUF012 - one per open `counted`
     memory: Memory | None = None
+    programs = None  # what `only` was given
+
+
+@contextlib.contextmanager
+def only(programs):
+    """Run just `programs(kernel, grid)` of each launch: indices of three numbers, in this order.
+
+    So a grid may be as large as a GPU's. What the other programs would have written stays as it is.
+    """
+    before, _State.programs = _State.programs, programs
+    try:
+        yield
+    finally:
+        _State.programs = before
 
 
 @contextlib.contextmanager
@@ -129,7 +144,8 @@ def _launch(self, *args, **kwargs):
 def _run_programs(fn, arguments, grid, memory) -> None:
     builder = stock.interpreter_builder
     builder.set_grid_dim(*grid)
-    for index in np.ndindex(grid):
+    indices = _State.programs(fn.__name__, grid) if _State.programs else np.ndindex(grid)
+    for index in indices:
         builder.set_grid_idx(*index)
         if memory is not None:
             memory.begin_program(index)

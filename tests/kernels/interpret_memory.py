@@ -7,16 +7,32 @@ overlap in true memory share a region, in whose units (bytes, or wider) observer
 access.
 """
 
+import contextlib
 import math
+import mmap
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 WINDOW = 44  # log2 of the bytes of address space per argument
+LARGE = 1 << 24  # bytes from which arrays are mapped
+MAP_NORESERVE = 0x4000  # Linux; mmap has no name for it
 
 
 class Fault(Exception):
     """What a kernel did that a GPU answers with wrong values or a crash."""
+
+
+def zeros(elements: int, dtype) -> np.ndarray:
+    """numpy.zeros, however large: pages of 4 KB that nobody touched take no memory."""
+    dtype = np.dtype(dtype)
+    if elements * dtype.itemsize < LARGE:
+        return np.zeros(elements, dtype)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
+    with contextlib.suppress(OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype)
 
 
 class Region:
@@ -57,7 +73,7 @@ class Argument:
         self.start = (self.real - region.first) // region.unit
         if not self.dense:
             ratio = self.itemsize // region.unit
-            self.inside = np.zeros(self.bytes // region.unit, bool)
+            self.inside = zeros(self.bytes // region.unit, bool)
             strides = [s * ratio for s in self.stride]
             as_strided(self.inside, (*self.shape, ratio), (*strides, 1))[...] = True
 

@@ -10,6 +10,7 @@ write them in place, provided the same lane does both or a barrier lies between.
 from bisect import bisect_right
 
 import numpy as np
+from interpret_memory import zeros
 
 PENDING = 1 << 22  # loads noted before they are written into an array
 MANY = np.iinfo(np.int32).max  # more than one program
@@ -32,7 +33,7 @@ class _Marks:
         if name not in ("stored", "storing", "updated_at", "reader", "loaded", "lane", "scratch"):
             raise AttributeError(name)
         if name not in self._arrays:
-            self._arrays[name] = np.zeros(self.units, np.int32)  # untouched pages cost nothing
+            self._arrays[name] = zeros(self.units, np.int32)
         return self._arrays[name]
 
     def note_loads(self) -> None:

@@ -8,6 +8,7 @@ atomic counts as a load and a store. FLOPs are 2 m n k per tl.dot, masked or not
 from typing import NamedTuple
 
 import numpy as np
+from interpret_memory import zeros
 
 
 class Launch(NamedTuple):
@@ -33,7 +34,7 @@ class _Direction:
     def add(self, region, index, issued) -> None:
         self.issued += issued
         if region not in self.touched:
-            self.touched[region] = np.zeros(region.units, bool)
+            self.touched[region] = zeros(region.units, bool)
         self.touched[region][index] = True
 
     def unique(self) -> int:
