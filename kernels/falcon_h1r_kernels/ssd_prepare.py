@@ -156,7 +156,9 @@ def _chunk_bmm_kernel(
     C_block += position_q[:, None] * C_stride_l + k[None, :].to(tl.int64) * C_stride_n
     B_block = B_ptr + batch * B_stride_b + group * B_stride_g
     B_block += position_s[None, :] * B_stride_l + k[:, None].to(tl.int64) * B_stride_n
-    CB = tl.zeros((BLOCK_Q, BLOCK_S), tl.float32)
+    # A zero that is no constant. From one, ptxas 12.8 and 12.9 (sm_90) carry the zeros past the
+    # products of an unrolled loop into the mask below, and store them.
+    CB = tl.zeros((BLOCK_Q, BLOCK_S), tl.float32) + (l < 0).to(tl.float32)
     # A tile wholly above the diagonal only stores its zeros.
     first_s = tl.program_id(2) % TILES * BLOCK_S
     last_q = tl.program_id(2) // TILES * BLOCK_Q + BLOCK_Q - 1
