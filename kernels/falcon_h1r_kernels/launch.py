@@ -7,12 +7,15 @@ never depends on the machine's mood and no tuner ever runs on live state.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.library import CustomOpDef
+from torch.nn import Parameter
 from triton import knobs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -62,11 +65,49 @@ def operator(name: str, mutates_args: Collection[str] = ()) -> Callable:
             with torch.cuda.device_of(first):
                 return launch(first, *rest)
 
-        return torch.library.custom_op(f"falcon_h1r::{name}", mutates_args=mutates_args)(
+        made = torch.library.custom_op(f"falcon_h1r::{name}", mutates_args=mutates_args)(
             on_its_device
         )
+        made.__class__ = Operator
+        made.launch = on_its_device
+        names = list(inspect.signature(launch).parameters)
+        made.mutated = [names.index(argument) for argument in mutates_args]
+        return made
 
     return register
+
+
+class Operator(CustomOpDef):
+    """An operator that goes past the dispatcher when nobody there has anything to do.
+
+    Compilers, tracers, fake tensors and autograd need the registered operator. A plain call under
+    `torch.no_grad` does not, and the way through it is several times the work of a launch on the
+    CPU, which decides the speed of a decode step in small batches.
+    """
+
+    def __call__(self, *args):
+        if not _is_plain(args):
+            return super().__call__(*args)
+        out = self.launch(*args)
+        for index in self.mutated:
+            if not args[index].is_inference():
+                torch.autograd.graph.increment_version(args[index])
+        return out
+
+
+def _is_plain(args: Sequence) -> bool:
+    """Whether a call is of plain tensors alone: no gradient, subclass, mode or compiler."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    for value in args:
+        if isinstance(value, Tensor) and (
+            type(value) not in (Tensor, Parameter)
+            or value.is_meta
+            or (grad and value.requires_grad)
+        ):
+            return False
+    return True
 
 
 def check_inputs(operator: str, *tensors: Tensor | None, dtypes=DTYPES) -> None:
