@@ -29,14 +29,16 @@ ASSUMED_MULTIPROCESSORS = 132
 ASSUMED_SHARED_MEMORY = 227 * 1024
 """An H100's: the numbers that plans are made with where there is no GPU."""
 
-# Estimates from instruction counts and bytes at an H100's peak rates, for a state of 64 x 256 per
-# program, in units of one chunk of 64 positions of the walk that writes y; not measured on a GPU.
+# For a state of 64 x 256 per program, in units of one chunk of 64 positions of the walk that writes
+# y: 3.9 microseconds on an H100. There the two forms took 165 and 128 microseconds for one sequence
+# of H1R-7B of 4096 tokens, 44 and 35 for 512, 783 and 728 for eight of 4096; the estimates are 179
+# and 127, 41 and 30, 749 and 711.
 END_STEP = 0.4  # one chunk of the walk that only finds a segment's end: 290 of 720 instructions
 STATE_MOVE = 1.5  # a tile of the state, 64 KB, to or from device memory at its share of bandwidth
 STATE_REREAD = 0.5  # a tile that another program has read before, from L2
 LAUNCH = 2.0  # one more kernel in the queue
-STAGED_STEP = 1.5  # the same chunk in the staged form, which reads x twice
-STAGED_STATES = 220.0  # four moves of half as wide a state, once per chunk_size positions
+STAGED_STEP = 0.5  # the same chunk in the staged form: several programs share a multiprocessor
+STAGED_STATES = 54.0  # a state written and read, once per chunk_size positions
 STAGED_LAUNCHES = 2  # more than a fused walk
 STAGED_PASSING = 0.1  # what one chunk adds to the chain of states, which nothing shortens
 
@@ -65,9 +67,11 @@ def plan(
     the fused form; chunk_size: those of the staged form. A program of the fused walk occupies a
     multiprocessor, so its time is the number of rounds that the programs need, times a segment's
     chunks. More segments fill the machine; each also costs a walk for its end and the moves of one
-    more state. Enough heads and rows therefore give one segment, few heads some, and single heads
-    of short sequences the staged form, which is parallel in everything but the chain of states. At
-    equal estimates the fewest segments are taken.
+    more state. The staged form, parallel in everything but the chain of states, has no such rounds
+    and moves more bytes, which costs an H100 less time than a program alone on a multiprocessor
+    does. The fused form is left for short sequences whose programs just fill the machine, and for
+    those who would rather save the memory of the states. At equal estimates the fewest segments
+    are taken.
     """
     if form == "staged":
         return Plan("staged", 1)

@@ -31,8 +31,12 @@ from .ssd_states import (
     STATE_CONFIGS,
     WALK_CONFIGS,
     entering_states,
-    walks,
 )
+
+# With fewer programs the walk leaves too much of a GPU idle: an A100 has 108 SMs, an H100 132.
+WALK_PROGRAMS = 96
+# With so many, larger tiles win: two programs on each multiprocessor of an H100.
+WIDE_WALK_PROGRAMS = 256
 
 SCAN_CONFIGS = (
     Config(
@@ -177,11 +181,28 @@ def _chunk_scan_kernel(
     tl.store(address, y, mask=mask)
 
 
+def walks(b: int, h: int, p: int, n: int, config: Config) -> bool:
+    """Whether the walk makes enough programs of these sizes; the rule where nothing is asked."""
+    return _programs(b, h, p, n, config) >= WALK_PROGRAMS
+
+
+def default_walk(b: int, h: int, p: int, n: int, dtype: torch.dtype) -> Config:
+    """The walk's configuration for these sizes."""
+    serving = [config for config in WALK_CONFIGS if dtype in config.dtypes]
+    wide = _programs(b, h, p, n, serving[-1]) >= WIDE_WALK_PROGRAMS
+    return serving[-1 if wide else 0]
+
+
+def _programs(b: int, h: int, p: int, n: int, config: Config) -> int:
+    tiles = triton.cdiv(p, config.meta["BLOCK_P"]) * triton.cdiv(n, config.meta["BLOCK_N"])
+    return b * h * tiles
+
+
 def pick_each(dtype: torch.dtype, names: str, sizes: tuple[int, int, int, int]) -> list:
     """Configurations of the cumulative sums, C B^T, the states (a tuple: see there) and the scan.
 
     names: at most one of each table of `TABLES`, separated by commas; without one a table's first
-    entry is taken, and the walk where it makes enough programs for `sizes` (b, h, p, n).
+    entry is taken, the walk's by `sizes` (b, h, p, n), and the walk where it makes enough programs.
     Raises ValueError for a name that no table has for this dtype, and for two ways to the states.
     """
     asked = [name for name in names.split(",") if name]
@@ -198,6 +219,8 @@ def pick_each(dtype: torch.dtype, names: str, sizes: tuple[int, int, int, int]) 
         pick(table, dtype, of_table[0] if of_table else "")
         for table, of_table in zip(TABLES, named)
     )
+    if not named[2]:
+        walk = default_walk(*sizes, dtype)
     walking = named[2] or (not parallel and walks(*sizes, walk))
     return [cumsum, bmm, (walk,) if walking else (state, passing), scan]
 

@@ -9,7 +9,6 @@ at batch 1 too. Neighbouring programs share B and C through the caches.
 Axes: b batch, h heads, p channels per head, g groups, n state size, c = h p + 2 g n conv channels.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -17,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import silu, softplus
+from .activations import silu
 from .conv_parts import check_shape, check_weights, convolved
 from .launch import (
-    DTYPES,
     Config,
     check_in_place,
     check_inputs,
@@ -29,26 +27,13 @@ from .launch import (
     pick,
     share_memory,
 )
+from .step_parts import NO_LIMIT, check_step, step_size
 from .strides import in_units
 
-NO_LIMIT = (0.0, math.inf)
-# TILE: elements of state, channels times n, in registers at a time; TILES: one after another.
+# TILE: elements of state, channels times n, in registers at a time.
 CONFIGS = (
-    Config(
-        "tile2048",
-        {"TILE": 2048, "TILES": 1},
-        1,
-        1,
-        "8 rows of 256: 16 loads of 128 bits in flight",
-    ),
-    Config("tile1024", {"TILE": 1024, "TILES": 1}, 1, 1, "batch 1: 768 programs for 24 heads"),
-    Config(
-        "tiles4",
-        {"TILE": 2048, "TILES": 4},
-        1,
-        1,
-        "fused convolution, larger batches: B and C are convolved once for 32 rows of 256",
-    ),
+    Config("tile2048", {"TILE": 2048}, 1, 1, "8 rows of 256: 16 loads of 128 bits in flight"),
+    Config("tile1024", {"TILE": 1024}, 1, 1, "batch 1: 768 programs for 24 heads"),
 )
 
 
@@ -115,7 +100,6 @@ def _ssd_step_kernel(
     EXACT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     BLOCK_P: tl.constexpr = TILE // BLOCK_N
     program = tl.program_id(0)
@@ -126,13 +110,16 @@ def _ssd_step_kernel(
     n = tl.arange(0, BLOCK_N)
     inside_n = n < state_size
 
-    dt = tl.load(dt_ptr + batch * dt_stride_b + head * dt_stride_h).to(tl.float32)
-    if HAS_DT_BIAS:
-        dt += tl.load(dt_bias_ptr + head).to(tl.float32)
-    if DT_SOFTPLUS:
-        dt = softplus(dt)
-    if HAS_DT_LIMIT:
-        dt = tl.clamp(dt, dt_min, dt_max, propagate_nan=tl.PropagateNan.ALL)
+    dt = step_size(
+        dt_ptr + batch * dt_stride_b + head * dt_stride_h,
+        dt_bias_ptr,
+        head,
+        dt_min,
+        dt_max,
+        HAS_DT_BIAS,
+        HAS_DT_LIMIT,
+        DT_SOFTPLUS,
+    )
     decay = tl.exp(dt * tl.load(A_ptr + head).to(tl.float32))
 
     x_row = x_ptr + batch * (x_stride_b * ROW_UNIT)
@@ -160,29 +147,28 @@ def _ssd_step_kernel(
 
     state_row = state_ptr + batch * (state_stride_b * UNIT)
     state_row += head.to(tl.int64) * (state_stride_h * UNIT)
-    for i in range(TILES):
-        first = (block * TILES + i) * BLOCK_P
-        p = first + tl.arange(0, BLOCK_P)
-        inside_p = p < head_dim
-        inside = inside_p[:, None] & inside_n[None, :]
-        tile = state_row + p[:, None] * (state_stride_p * UNIT) + n[None, :] * state_stride_n
-        state = tl.load(tile, mask=inside, other=0.0).to(tl.float32)
-        if HAS_CONV:
-            at = head * head_dim
-            x = convolved(conv, at + first, at + head_dim, True, V, PACKED, HAS_BIAS, BLOCK_P)
-        else:
-            x_head = x_row + head * x_stride_h
-            x = tl.load(x_head + p * x_stride_p, mask=inside_p, other=0.0).to(tl.float32)
-        state = state * decay + (dt * x)[:, None] * B[None, :]
-        tl.store(tile, state, mask=inside)
-        y = tl.sum(state * C[None, :], axis=1)
-        if HAS_D:
-            y += x * tl.load(D_ptr + head).to(tl.float32)
-        if HAS_Z:
-            z_head = z_ptr + batch * z_stride_b + head * z_stride_h
-            z = tl.load(z_head + p * z_stride_p, mask=inside_p, other=0.0).to(tl.float32)
-            y *= silu(z, EXACT)
-        tl.store(y_ptr + (batch * heads + head) * head_dim + p, y, mask=inside_p)
+    first = block * BLOCK_P
+    p = first + tl.arange(0, BLOCK_P)
+    inside_p = p < head_dim
+    inside = inside_p[:, None] & inside_n[None, :]
+    tile = state_row + p[:, None] * (state_stride_p * UNIT) + n[None, :] * state_stride_n
+    state = tl.load(tile, mask=inside, other=0.0).to(tl.float32)
+    if HAS_CONV:
+        at = head * head_dim
+        x = convolved(conv, at + first, at + head_dim, True, V, PACKED, HAS_BIAS, BLOCK_P)
+    else:
+        x_head = x_row + head * x_stride_h
+        x = tl.load(x_head + p * x_stride_p, mask=inside_p, other=0.0).to(tl.float32)
+    state = state * decay + (dt * x)[:, None] * B[None, :]
+    tl.store(tile, state, mask=inside)
+    y = tl.sum(state * C[None, :], axis=1)
+    if HAS_D:
+        y += x * tl.load(D_ptr + head).to(tl.float32)
+    if HAS_Z:
+        z_head = z_ptr + batch * z_stride_b + head * z_stride_h
+        z = tl.load(z_head + p * z_stride_p, mask=inside_p, other=0.0).to(tl.float32)
+        y *= silu(z, EXACT)
+    tl.store(y_ptr + (batch * heads + head) * head_dim + p, y, mask=inside_p)
 
 
 class Conv(NamedTuple):
@@ -214,20 +200,10 @@ def launch_ssd_step(
     """Validate, allocate and launch; with `conv`, x, B and C come from it and are None."""
     name = "ssd_step" if conv is None else "conv_ssd_step"
     x = x_bhp if conv is None else conv.xBC_bc
-    check_inputs(name, x, state_bhpn, dt_bh, A_h, B_bgn, C_bgn, D_h, dt_bias_h, z_bhp, *conv or ())
+    tensors = (A_h, B_bgn, C_bgn, D_h, dt_bias_h, z_bhp)
+    check_inputs(name, x, state_bhpn, dt_bh, *tensors, *conv or ())
+    check_step(name, state_bhpn, x_bhp, dt_bh, *tensors, groups)
     b, h, p, n = state_bhpn.shape
-    if groups < 1 or h % groups:
-        raise ValueError(f"{name}: {h} heads do not divide into {groups} groups")
-    if state_bhpn.dtype not in DTYPES:
-        raise ValueError(f"{name}: a state of {state_bhpn.dtype} is not served by the kernels")
-    check_shape(name, "x", x_bhp, (b, h, p))
-    check_shape(name, "dt", dt_bh, (b, h))
-    for label, tensor in (("B", B_bgn), ("C", C_bgn)):
-        check_shape(name, label, tensor, (b, groups, n))
-    for label, tensor in (("A", A_h), ("D", D_h), ("dt_bias", dt_bias_h)):
-        check_shape(name, label, tensor, (h,))
-    check_shape(name, "z", z_bhp, (b, h, p))
-    check_in_place(name, "state", state_bhpn)
     v = 0
     if conv is not None:
         c = h * p + 2 * groups * n
@@ -239,10 +215,10 @@ def launch_ssd_step(
         if share_memory(conv.window_bvc, conv.new_window_bvc):
             raise ValueError(f"{name}: the new window must be other memory than the window")
     y = torch.empty(b, h, p, dtype=x.dtype, device=x.device)
-    chosen = pick(CONFIGS, x.dtype, config or _default(state_bhpn, conv))
+    chosen = pick(CONFIGS, x.dtype, config or _default(state_bhpn))
     block_n = next_power_of_2(n)
     tile = min(max(chosen.meta["TILE"], block_n), block_n * next_power_of_2(p))
-    blocks = triton.cdiv(p, chosen.meta["TILES"] * (tile // block_n))
+    blocks = triton.cdiv(p, tile // block_n)
     unit, state_strides = in_units(*state_bhpn.stride()[:3])
     if conv is None:
         row_strides = (x.stride(0), *B_bgn.stride()[:2], *C_bgn.stride()[:2], 0, 0, 0, 0)
@@ -301,10 +277,8 @@ def launch_ssd_step(
     return y
 
 
-def _default(state_bhpn: Tensor, conv: Conv | None) -> str:
+def _default(state_bhpn: Tensor) -> str:
     """Programs as large as still leave every processor several."""
-    if conv is not None:
-        return "tiles4" if state_bhpn.numel() >= 2**23 else "tile1024"
     return "tile2048" if state_bhpn.numel() > 2**20 else "tile1024"
 
 

@@ -163,12 +163,16 @@ def test_the_rule():
     """What it says for an H100; the reasons are in `plan`."""
     for (batch, heads, length, tiles), expected in {
         (1, 24, 64, 2): Plan("fused", 1),  # one chunk: nothing to cut
-        (1, 24, 4096, 2): Plan("fused", 5),  # one sequence of H1R-7B: 48 programs on 132 places
-        (2, 24, 4096, 2): Plan("fused", 1),  # 96 programs fill most of them
-        (64, 24, 4096, 2): Plan("fused", 1),
+        (1, 24, 512, 2): Plan("staged", 1),  # these three were measured
+        (1, 24, 4096, 2): Plan("staged", 1),
+        (8, 24, 4096, 2): Plan("staged", 1),
+        (1, 66, 512, 2): Plan("fused", 1),  # 132 programs on 132 places, and fewer launches
+        (64, 24, 4096, 2): Plan("staged", 1),
         (1, 1, 4096, 1): Plan("staged", 1),  # one head: 64 chunks in parallel
     }.items():
         assert plan(batch, heads, length, tiles=tiles) == expected
+    assert plan(1, 24, 4096, form="fused") == Plan("fused", 5)  # 48 programs on 132 places
+    assert plan(2, 24, 4096, form="fused") == Plan("fused", 1)  # 96 fill most of them
     assert plan(1, 1, 4096, tiles=1, form="fused").segments > 8
     assert plan(64, 24, 4096, form="staged") == Plan("staged", 1)
 
@@ -177,9 +181,9 @@ def test_the_rule_follows_its_arguments():
     cut = [plan(1, 24, length, form="fused").segments for length in (64, 1024, 4096, 262144)]
     assert cut == sorted(cut) and cut[0] == 1 and cut[-1] > 4
     assert plan(1, 24, 4096, multiprocessors=48) == Plan("fused", 1)  # already full
-    assert plan(1, 24, 4096, multiprocessors=1000).segments > 5
-    small_chunks = plan(1, 2, 4096, tiles=1, chunk_size=16)  # eight times the states of 128
-    assert (small_chunks.form, plan(1, 2, 4096, tiles=1).form) == ("fused", "staged")
+    assert plan(1, 24, 4096, multiprocessors=1000, form="fused").segments > 5
+    small_chunks = plan(2, 24, 4096, chunk_size=16)  # eight times the states of 128
+    assert (small_chunks.form, plan(2, 24, 4096).form) == ("fused", "staged")
     assert plan(1, 24, 4096, block=4096) == Plan("fused", 1)  # a single chunk
     for length in (1, 63, 64, 65, 1000, 5000):
         for heads in (1, 3, 24, 200):
@@ -281,7 +285,7 @@ def test_bytes_moved(monkeypatch):
 
     The plan for 24 heads and 4096 positions has four cuts: as many states per position.
     """
-    assert plan(1, 24, 4096).segments == 5
+    assert plan(1, 24, 4096, form="fused").segments == 5
     monkeypatch.setattr(module, "plan", lambda *args, **sizes: Plan("fused", 2))
     inputs = as_in_h1r(1024, 2)
     staged, kernels = moved_bytes(inputs, form="staged", config=FIVE_KERNELS)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DTYPES, assert_no_worse, normal, strided
+from checks import DTYPES, assert_no_worse, assert_same, normal, strided
 from falcon_h1r_kernels.conv_ssd_step import _conv_ssd_step_op, conv_ssd_step
 from falcon_h1r_kernels.ssd_step import CONFIGS, _ssd_step_op, ssd_step
 from layouts import far_apart, inside_projection
@@ -72,7 +72,7 @@ def test_y_is_of_the_state_before_it_is_rounded():
     state, x, dt, A, B, C, D = inputs(1, 2, 16, 1, 64)
     narrow = state.bfloat16()
     expected = ssd_step(narrow.float(), x, dt, A, B, C, D)
-    assert torch.equal(ssd_step(narrow, x, dt, A, B, C, D), expected)
+    assert_same(ssd_step(narrow, x, dt, A, B, C, D), expected)
 
 
 def test_on_a_layer_of_a_strided_cache():
@@ -82,12 +82,13 @@ def test_on_a_layer_of_a_strided_cache():
     states = normal(3, 2, 4, 16, 32, seed=9)
     before = states.clone()
     states[1] = state
-    assert torch.equal(ssd_step(states[1], *rest), y)
-    assert torch.equal(states[1], expected)
+    assert_same(ssd_step(states[1], *rest), y)
+    assert_same(states[1], expected)
     assert torch.equal(states[0], before[0]) and torch.equal(states[2], before[2])
     for make in (*strided(state), lambda t: inside_projection(t, 8, 8)):
         view = make(state)
-        assert torch.equal(ssd_step(view, *rest), y) and torch.equal(view, expected)
+        assert_same(ssd_step(view, *rest), y)
+        assert_same(view, expected)
 
 
 def test_strided_and_offset_inputs():
@@ -98,7 +99,8 @@ def test_strided_and_offset_inputs():
         a = [make(t) for t in (x, dt, A, B, C, D, D)]
         again = state.clone()
         found = ssd_step(again, *a[:-1], z_bhp=make(x), dt_bias_h=a[-1])
-        assert torch.equal(found, y) and torch.equal(again, expected)
+        assert_same(found, y)
+        assert_same(again, expected)
 
 
 def test_segments_of_one_projection():
@@ -259,7 +261,9 @@ def test_padding_of_blocks_does_not_reach_results():
     state_2 = state.clone()
     y = conv_ssd_step(state, xBC, window, new_window, weight, bias, dt, A, D)
     y_2 = conv_ssd_step(state_2, views[0], views[1], again, weight, views[2], dt, A, D)
-    assert torch.equal(y, y_2) and torch.equal(state, state_2) and torch.equal(new_window, again)
+    assert_same(y, y_2)
+    assert_same(state, state_2)
+    assert torch.equal(new_window, again)
 
 
 def test_no_rows():
