@@ -2,12 +2,17 @@
 
 Triton decides at import whether a process interprets kernels or compiles them: this one interprets,
 and tests of compilation start processes of their own.
+
+    FALCON_H1R_TEST_DEVICE=cuda python -m pytest tests/kernels
+
+runs the tests of the kernels compiled, on a GPU (tests/kernels/on_gpu.py).
 """
 
 import functools
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+if "FALCON_H1R_TEST_DEVICE" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

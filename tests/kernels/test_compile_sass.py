@@ -203,11 +203,22 @@ def test_only_defaults_are_judged_and_excuses_must_be_needed(monkeypatch):
     assert not kernel_rules.verdict([refused])
     assert kernel_rules.verdict([refused | {"default": True}])
     assert kernel_rules.verdict([refused | {"error": "CompilationError: at 1:1"}])
-    monkeypatch.setattr(kernel_rules, "EXEMPT", {("_one_kernel", "spills"): "a reason"})
+    monkeypatch.setattr(kernel_rules, "EXEMPT", {("_one_kernel", "spills", ""): "a reason"})
     assert not kernel_rules.verdict([spilling], complete=True)
     assert not kernel_rules.verdict([row()])
     (line,) = kernel_rules.verdict([row()], complete=True)
     assert "excused from spills without need" in line
+
+
+@pytest.mark.parametrize("where", ["bfloat16", "sm_90", "documents", "sm_90 documents bfloat16"])
+@pytest.mark.parametrize("other", ["float16", "sm_100", "lengths", "documents sm_80"])
+def test_an_excuse_holds_where_it_says(where, other, monkeypatch):
+    spilling = row(stack=8, options="documents, no initial state")
+    monkeypatch.setattr(kernel_rules, "EXEMPT", {("_one_kernel", "spills", where): "a reason"})
+    assert not kernel_rules.verdict([spilling], complete=True)
+    monkeypatch.setattr(kernel_rules, "EXEMPT", {("_one_kernel", "spills", other): "a reason"})
+    assert len(kernel_rules.verdict([spilling])) == 1
+    assert len(kernel_rules.verdict([spilling], complete=True)) == 2
 
 
 def test_a_report_is_read_as_written_and_every_difference_is_named(tmp_path, monkeypatch):
@@ -235,3 +246,42 @@ def test_a_report_is_read_as_written_and_every_difference_is_named(tmp_path, mon
     ]
     # What was not compiled this time is not missing.
     assert kernel_report.check(report | {"rows": [row()]}, committed, True) == []
+
+
+def test_what_is_compiled(monkeypatch):
+    monkeypatch.syspath_prepend(Path(kernel_rules.__file__).parent)
+    import kernel_collect
+    from kernel_launches import CASES
+
+    planned = {"": [], "options": []}
+    for index, dtype, configs in kernel_collect.plan(["causal_conv1d", "decode_attention"]):
+        planned["options" if CASES[index].options else ""].append((dtype, configs))
+    halves = ["", "segment8", "segment32"]
+    assert planned[""][:3] == [
+        ("bfloat16", halves),
+        ("float16", [""]),
+        ("float32", ["", "channels256"]),
+    ]
+    assert planned["options"] == [("bfloat16", [""]), ("float16", [""])] * 2
+
+
+def test_float16_and_options_have_one_short_table(monkeypatch):
+    monkeypatch.syspath_prepend(Path(kernel_rules.__file__).parent)
+    import kernel_render
+
+    monkeypatch.setattr(sys.modules["kernel_rules"], "EXEMPT", {})
+    more = {"warps": 4, "stages": 3, "tmem": 0, "blocks": 8, "limiter": "regs", "occupancy": 50}
+    rows = [
+        row(**more),
+        row(**more, dtype="float16", registers=65),
+        row(**more, shape="1, documents", options="documents", registers=66, stack=8),
+        row(**more, shape="1, documents", options="documents", target="100", shared=2048),
+    ]
+    report = {"versions": {"triton": "1"}, "rows": rows, "traffic": [], "floors": [], "peers": {}}
+    lines = kernel_render.markdown(report).splitlines()
+    long, *short = (line for line in lines if line.startswith("| one |"))
+    assert long.startswith("| one | bfloat16 | first* | 90 | 4/3 | 64 | 0 | 1.0 | 0 | 8 (regs) |")
+    assert short == [
+        "| one | 1 | float16 | one | 65 / 1.0 / 0 | - |",
+        "| one | 1, documents | bfloat16 | one | 66 / 1.0 / 8 | 64 / 2.0 / 0 |",
+    ]
