@@ -4,9 +4,10 @@ import multiprocessing
 import os
 import tempfile
 
-# What is compiled when no dtype is asked for. float16 mostly differs from bfloat16 in the types of
-# its instructions only; of float32 the default and what no other dtype uses are compiled.
-DTYPES = ("bfloat16", "float32")
+# What is compiled when no dtype is asked for: of float16 the default, as it mostly differs from
+# bfloat16 in the types of its instructions only; of float32 the default and what no other dtype
+# uses. Cases of further options: the defaults in 16 bits.
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def plan(names, config="", dtype=""):
@@ -29,9 +30,11 @@ def plan(names, config="", dtype=""):
         except Exception:  # shows as a failed compilation
             yield index, dtype or "bfloat16", [config]
             continue
-        for kind in (dtype,) if dtype else DTYPES:
+        for kind in (dtype,) if dtype else DTYPES[:2] if case.options else DTYPES:
             served = [entry for entry in table if getattr(torch, kind) in entry.dtypes]
-            if not (dtype or config or kind == "bfloat16"):
+            if case.options and not config:
+                served = []
+            elif not (dtype or config or kind == "bfloat16"):
                 served = [entry for entry in served if torch.bfloat16 not in entry.dtypes]
             chosen = [e.name for e in served if not config or e.name == config]
             if config and not chosen:
@@ -52,6 +55,8 @@ def compiled_rows(index, dtype, configs, target):
 
     case, kind = CASES[index], getattr(torch, dtype)
     head = {"case": case.name, "shape": case.shape, "dtype": dtype, "target": target}
+    if case.options:
+        head["options"] = case.options
     rows, seen = [], set()
     for config in configs:
         with compiling(target) as launches:

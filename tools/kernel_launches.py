@@ -28,7 +28,8 @@ class Case(NamedTuple):
     `calls`: (module, function, table of configurations) below falcon_h1r_kernels, a table of
     another module as "module.TABLE"; `operator`: the registry's name of the inputs; `place`: rows,
     new tokens and past; `adapt(inputs)`: changes the registry's arguments where the function takes
-    others.
+    others; `options`: in words, what they change beside the family's other cases. Such a case is
+    compiled under its default configuration alone.
     """
 
     name: str
@@ -37,12 +38,14 @@ class Case(NamedTuple):
     place: tuple[int, int, int] = (1, 4096, 0)
     model: str = MODEL
     adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    options: str = ""
 
     @property
     def shape(self) -> str:
         b, l, past = self.place
         rows = f"{self.model.removeprefix('falcon-')} {self.operator} {b}x{l}"
-        return f"{rows}@{past}" if past else rows
+        rows += f"@{past}" if past else ""
+        return f"{rows}, {self.options}" if self.options else rows
 
     @property
     def table(self):
@@ -81,6 +84,7 @@ class Direct(NamedTuple):
     shape: str
     table: tuple
     launch: Callable[[torch.dtype, str], Any]
+    options: str = ""
 
 
 class Shapes(Draw):
@@ -104,6 +108,45 @@ def _form(name: str):
     return lambda inputs: inputs | {"form": name}
 
 
+def _integers(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int64, device=like.device)
+
+
+def _packed_scan(form: str):
+    def adapt(inputs):
+        x, dt = inputs["x_blhp"], {"dt_softplus": True, "dt_limit": (0.001, 0.1)}
+        bias = {"dt_bias_h": torch.empty_like(inputs["A_h"]), "initial_state_bhpn": None}
+        return inputs | dt | bias | {"seq_idx_bl": _integers(x, *x.shape[:2]), "form": form}
+
+    return adapt
+
+
+def _packed_conv(inputs):
+    x = inputs["x_blc"]
+    integers = {"seq_idx_bl": _integers(x, *x.shape[:2]), "lengths_b": _integers(x, x.shape[0])}
+    return inputs | integers | {"initial_window_bvc": None}
+
+
+def _gated_step(inputs):
+    state, x = inputs["state_bhpn"], inputs["x_bhp"]
+    dt = {"dt_bias_h": torch.empty_like(inputs["A_h"]), "dt_softplus": True}
+    dt["dt_limit"] = (0.001, 0.1)
+    return inputs | dt | {"state_bhpn": state.to(x.dtype), "z_bhp": torch.empty_like(x)}
+
+
+def _past(inputs):
+    b = inputs["q_bhle"].shape[0]
+    return inputs | {name: _integers(inputs["q_bhle"], b) for name in _PAST}
+
+
+def _packed_attention(inputs):
+    q = inputs["q_bhle"]
+    return inputs | {"seq_idx_bl": _integers(q, q.shape[0], q.shape[2])}
+
+
+_PAST = ("query_offset_b", "key_start_b", "key_lengths_b")
+
+
 _DECODE = (64, 1, 4095)
 _STAGED, _FUSED = ("ssd_scan", "ssd_scan", "ssd_staged.TABLES"), ("ssd_scan", "ssd_scan", "CONFIGS")
 
@@ -112,26 +155,64 @@ def _family(name: str) -> tuple[str, str, str]:
     return name, name, "CONFIGS"
 
 
+_PACKED = "documents, dt bias, softplus and limits, no initial state"
+_CONV, _STEP = ("conv1d", "causal_conv1d"), ("conv1d_step", "causal_conv1d_step")
+
 CASES = [
     Case("rms_norm", _family("rms_norm"), "rms_norm_residual"),
     Case("rms_norm", _family("rms_norm"), "rms_norm", _DECODE, "tiny-90m"),
     Case("gated_rms_norm", _family("gated_rms_norm"), "gated_rms_norm"),
     Case("gated_rms_norm", _family("gated_rms_norm"), "gated_rms_norm", model="falcon-h1-34b"),
+    Case(
+        "gated_rms_norm",
+        _family("gated_rms_norm"),
+        "gated_rms_norm",
+        adapt=lambda inputs: inputs | {"norm_before_gate": True, "n_groups": 2},
+        options="norm before gate, 2 groups",
+    ),
+    Case(
+        "gated_rms_norm",
+        _family("gated_rms_norm"),
+        "gated_rms_norm",
+        adapt=lambda inputs: inputs | {"weight_d": None},
+        options="no weight",
+    ),
     Case("rope", _family("rope"), "rope"),
     Case("rope", _family("rope"), "rope_key", _DECODE),
     Case("swiglu", _family("swiglu"), "swiglu"),
     Case("swiglu", _family("swiglu"), "swiglu", _DECODE),
-    Case("causal_conv1d", ("conv1d", "causal_conv1d", "CONFIGS"), "causal_conv1d"),
+    Case("causal_conv1d", (*_CONV, "CONFIGS"), "causal_conv1d"),
     Case(
-        "causal_conv1d_step",
-        ("conv1d_step", "causal_conv1d_step", "CONFIGS"),
-        "causal_conv1d_step",
-        _DECODE,
+        "causal_conv1d",
+        (*_CONV, "CONFIGS"),
+        "causal_conv1d",
+        adapt=_packed_conv,
+        options="documents, lengths, no initial window",
     ),
+    Case("causal_conv1d_step", (*_STEP, "CONFIGS"), "causal_conv1d_step", _DECODE),
     Case("ssd_fused", _FUSED, "ssd_scan", adapt=_form("fused")),
     Case("ssd_fused", _FUSED, "ssd_scan", model="falcon-h1-0.5b", adapt=_form("fused")),
+    Case("ssd_fused", _FUSED, "ssd_scan", adapt=_packed_scan("fused"), options=_PACKED),
     Case("ssd_staged", _STAGED, "ssd_scan", adapt=_form("staged")),
+    Case("ssd_staged", _STAGED, "ssd_scan", adapt=_packed_scan("staged"), options=_PACKED),
+    Case(
+        "ssd_staged",
+        _STAGED,
+        "ssd_scan",
+        model="falcon-h1-0.5b",
+        adapt=_packed_scan("staged"),
+        options=_PACKED,
+    ),
     Case("ssd_step", _family("ssd_step"), "ssd_step", _DECODE),
+    Case("ssd_step_norm", _family("ssd_step_norm"), "ssd_step_norm", _DECODE),
+    Case(
+        "ssd_step",
+        _family("ssd_step"),
+        "ssd_step",
+        _DECODE,
+        adapt=_gated_step,
+        options="z, dt bias, softplus and limits, state in x's dtype",
+    ),
     Case(
         "conv_ssd_step",
         ("conv_ssd_step", "conv_ssd_step", "ssd_step.CONFIGS"),
@@ -140,6 +221,28 @@ CASES = [
     ),
     Case("attention", _family("attention"), "attention"),
     Case("attention", _family("attention"), "attention", model="falcon-h1-0.5b"),
+    Case(
+        "attention",
+        _family("attention"),
+        "attention",
+        (1, 512, 3584),
+        adapt=_past,
+        options="offset, start and lengths of the keys",
+    ),
+    Case(
+        "attention",
+        _family("attention"),
+        "attention",
+        adapt=_packed_attention,
+        options="documents",
+    ),
     Case("decode_attention", _family("decode_attention"), "decode_attention_ragged", _DECODE),
+    Case(
+        "decode_attention",
+        _family("decode_attention"),
+        "decode_attention",
+        _DECODE,
+        options="no lengths",
+    ),
     Case("logprob", _family("logprob"), "logprob", _DECODE),
 ]

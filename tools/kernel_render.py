@@ -87,13 +87,12 @@ def markdown(report: dict) -> str:
         "Made by `python tools/kernel_report.py`; `--check` compiles again and compares. "
         f"Compiled with Triton {versions['triton']} and its own assemblers. **Not measured on a "
         "GPU**: registers, stack, shared memory and instructions are those of the compiled binary; "
-        "blocks per SM is an upper bound; the floors are not times. float16 is left out: it mostly "
-        "compiles as bfloat16 does (p64q64 of ssd_fused spills in it on sm_90, and is not its "
-        "default).",
+        "blocks per SM is an upper bound; the floors are not times.",
         "",
         *_rules(rows),
         *_families(rows),
         *_amd(rows),
+        *_defaults(rows),
         *_traffic(report["traffic"]),
         *_floors(report["floors"]),
         *_peers(rows, peers),
@@ -106,7 +105,10 @@ def _rules(rows):
     lines = ["## Rules", "", *kernel_rules.__doc__.strip().splitlines()[2:4], "", "```"]
     lines += [*kernel_rules.__doc__.strip().splitlines()[5:], "```", ""]
     lines += ["Broken:", "", *(f"- {line}" for line in broken)] if broken else ["All hold."]
-    excused = [f"- {kernel}, {rule}: {why}" for (kernel, rule), why in kernel_rules.EXEMPT.items()]
+    excused = [
+        f"- {kernel}, {rule}" + f" ({where})" * bool(where) + f": {why}"
+        for (kernel, rule, where), why in kernel_rules.EXEMPT.items()
+    ]
     return [*lines, "", *(["Excused:", "", *excused, ""] if excused else [])]
 
 
@@ -121,7 +123,7 @@ def _families(rows):
         "name their shape."
     )
     yield ""
-    chosen = [row for row in rows if TARGETS[row["target"]].backend == "cuda"]
+    chosen = [row for row in rows if _in_full(row) and TARGETS[row["target"]].backend == "cuda"]
     for name, family in groupby(chosen, key=lambda row: row["case"]):
         yield f"### {name}"
         yield ""
@@ -163,7 +165,7 @@ def _nvidia_cells(row):
 
 
 def _amd(rows):
-    chosen = [row for row in rows if TARGETS[row["target"]].backend == "hip"]
+    chosen = [row for row in rows if _in_full(row) and TARGETS[row["target"]].backend == "hip"]
     yield "## AMD gfx942"
     yield ""
     yield "Compiled, never run. Registers are vector registers with the accumulators among them."
@@ -203,6 +205,44 @@ def _amd_cells(row):
         widths(code["ldg"]),
         widths(code["stg"]),
     )
+
+
+def _in_full(row):
+    """Whether a row stands in the long tables: bfloat16 and float32, without further options."""
+    return row["dtype"] != "float16" and "options" not in row
+
+
+def _defaults(rows):
+    yield "## float16, and further options"
+    yield ""
+    yield (
+        "Default configurations alone: registers / shared KiB / bytes of stack (gfx942: spilled "
+        "registers) of each launch's binary. float16 otherwise mostly compiles as bfloat16 does."
+    )
+    yield ""
+    # The columns follow the targets, whatever of them was compiled.
+    kernels = {}
+    for row in rows:
+        if not _in_full(row):
+            name = row.get("kernel", "-").strip("_").removesuffix("_kernel")
+            key = (row["case"], row["shape"], row["dtype"], name)
+            kernels.setdefault(key, {}).setdefault(row["target"], []).append(row)
+    targets = [name for name in TARGETS if any(name in found for found in kernels.values())]
+    heads = [name if name.startswith("gfx") else f"sm_{name}" for name in targets]
+    yield from table(
+        "family | call | type | kernel | " + " | ".join(heads),
+        (
+            (*key, *("; ".join(map(_resources, found.get(name, []))) or "-" for name in targets))
+            for key, found in kernels.items()
+        ),
+    )
+
+
+def _resources(row):
+    if "error" in row:
+        return row["error"]
+    spilled = row["stack"] if "spills" not in row else row["spills"]
+    return f"{row['registers']} / {row['shared'] / 1024:.1f} / {spilled}"
 
 
 def _traffic(records):
@@ -296,7 +336,7 @@ def _peers(rows, peers):
         body += [("theirs", *_peer_cells(row)) for row in peers["rows"] if row["kernel"] == theirs]
         for row in defaults:
             same = row["dtype"] == "bfloat16" and row["shape"].startswith("h1r-7b")
-            if same and row.get("kernel") in ours:
+            if same and _in_full(row) and row.get("kernel") in ours:
                 body.append((f"ours, {row['case']}", *_peer_cells(row)))
     yield from table(
         "whose | kernel | configuration | warps/stages | registers | stack B | shared KiB "

@@ -47,7 +47,7 @@ def build(names, targets, workers=2, defaults=()) -> dict:
         row.pop("seconds", None)
     floors = []
     for case in CASES:
-        if isinstance(case, Case) and (not names or case.name in names):
+        if isinstance(case, Case) and not case.options and (not names or case.name in names):
             cost = case.cost(torch.bfloat16)
             us = [max(cost.bytes / m.bandwidth, cost.flops / m.flops) for m in MACHINES.values()]
             named = {"case": case.name, "shape": case.shape, "us": [round(1e6 * t, 2) for t in us]}
@@ -157,7 +157,7 @@ def main(argv=None) -> int:
     parser.add_argument("--kernel", action="append", help="family; can be repeated; default all")
     parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
     parser.add_argument("--config", default="", help="only the configuration of this name")
-    parser.add_argument("--dtype", choices=DTYPES, default="", help="default: bfloat16 and float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="", help="default: all")
     parser.add_argument("--cases", type=Path, help="a Python file that registers further cases")
     parser.add_argument("--check", action="store_true", help="compare with kernels/report.json")
     parser.add_argument(
@@ -172,6 +172,13 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--peers", type=Path, help="a checkout of mamba_ssm: compile its kernels, keep the rest"
     )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=FOLDER,
+        metavar="FOLDER",
+        help="where report.json and report.md are read and written (default: kernels)",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -184,7 +191,7 @@ def main(argv=None) -> int:
         import kernel_launches  # noqa: F401 - makes the kernels importable for that file
 
         runpy.run_path(str(args.cases))
-    path = FOLDER / "report.json"
+    path = args.out / "report.json"
     try:
         if args.check:
             report = build(args.kernel, targets, args.workers, args.defaults.split(","))
