@@ -269,6 +269,24 @@ class Span(NamedTuple):
             is_step=cache is not None and l == 1 and lengths is None,
         )
 
+    @classmethod
+    def step(cls, config, past_b: Tensor, max_length: int, dtype) -> Span:
+        """One new token in every row behind past_b (b,) others, known to the device alone.
+
+        So a step can be captured once and replayed. Layers get all `max_length` positions of the
+        cache, of which key_lengths_b count.
+        """
+        return cls(
+            *rotary_table(past_b[:, None], config.head_dim, config.rope_theta, dtype),
+            lengths_b=None,
+            padding_bl=None,
+            seq_idx_bl=None,
+            past_b=past_b,
+            key_lengths_b=past_b + 1,
+            total=max_length,
+            is_step=True,
+        )
+
 
 def fingerprint(model) -> str:
     """SHA-256 over the config and every weight's name, shape, dtype and bytes."""

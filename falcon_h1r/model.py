@@ -103,6 +103,8 @@ class FalconH1ForCausalLM(nn.Module):
         cache: Cache | None = None,
         logits_to_keep: int = 0,
         seq_idx: Tensor | None = None,
+        *,
+        span: Span | None = None,
     ) -> Tensor:
         """Logits of the next token at every position, and `cache` advanced in place.
 
@@ -115,24 +117,29 @@ class FalconH1ForCausalLM(nn.Module):
         front of shorter rows).
         seq_idx: (b, l) integers, equal inside a document: several documents packed into one row,
         each as if alone; not together with a cache or with padding.
+        span: where the tokens stand, made by `Span.step`, for a forward that is captured: nothing
+        is checked or read back, and the lengths of the cache stay with the caller.
         Returns (b, l or k, vocab) logits in float32 (float64 in a float64 model).
         Raises ValueError for ids outside the vocabulary, shapes that do not fit, a cache of another
         model, and a full cache.
         """
-        self._check_inputs(input_ids, attention_mask, cache, logits_to_keep, seq_idx)
+        captured = span is not None
+        if not captured:
+            self._check_inputs(input_ids, attention_mask, cache, logits_to_keep, seq_idx)
         l = input_ids.shape[1]
         input_ids, lengths, shift = _right_pad(input_ids, attention_mask)
         if seq_idx is not None:
             changes = seq_idx[:, 1:] != seq_idx[:, :-1]
             seq_idx = F.pad(changes.cumsum(1), (1, 0))
         work = torch.promote_types(self.dtype, torch.float32)
-        span = Span.plan(
-            self.config, cache, input_ids.shape, lengths, seq_idx, input_ids.device, work
-        )
+        if not captured:
+            span = Span.plan(
+                self.config, cache, input_ids.shape, lengths, seq_idx, input_ids.device, work
+            )
         x_bld = self.model["embed_tokens"](input_ids) * self.config.embedding_multiplier
         for index, block in enumerate(self.model["layers"]):
             x_bld = block(x_bld, span, None if cache is None else cache.layer(index))
-        if cache is not None:
+        if cache is not None and not captured:
             cache.lengths += input_ids.shape[1] if lengths is None else lengths
         x_bld = _rows_to_return(x_bld, l, lengths, shift, logits_to_keep)
         x_bld = self.model["final_layernorm"](x_bld)

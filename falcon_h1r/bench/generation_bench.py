@@ -22,6 +22,7 @@ from .. import cost as sheet
 from .. import ops
 from ..cache import Cache
 from ..config import FalconH1Config
+from ..generation.graph import DecodeStep
 from ..model import FalconH1ForCausalLM
 from . import contest, gate, layer, timing
 from .machine import Ceilings
@@ -30,6 +31,7 @@ from .registry import Workload
 from .report import Report, summary
 from .weights import excite
 
+GRAPH = ", graph"  # steps captured as a CUDA graph
 SLACK = 10.0  # factor on gate.SLACK: 0.26 in bfloat16 over 44 layers
 GATE_TOKENS = 48
 
@@ -95,7 +97,19 @@ def check(model: FalconH1ForCausalLM, exact: torch.Tensor, ids: torch.Tensor) ->
     """The gate for one table: prefill and step against `exact`, (b, vocab) of the whole prompt."""
     cache = model.new_cache(*ids.shape)
     model(ids[:, :-1], cache=cache, logits_to_keep=1)
-    found = model(ids[:, -1:], cache=cache)[:, -1]
+    return _verdict(model, model(ids[:, -1:], cache=cache)[:, -1], exact)
+
+
+def check_graph(model: FalconH1ForCausalLM, exact: torch.Tensor, ids: torch.Tensor) -> gate.Verdict:
+    """As `check`, with the last two tokens as steps of a graph: what is compiled, and a replay."""
+    cache = model.new_cache(*ids.shape)
+    model(ids[:, :-2], cache=cache, logits_to_keep=1)
+    step = DecodeStep(model, cache)
+    step(ids[:, -2])
+    return _verdict(model, step(ids[:, -1]), exact)
+
+
+def _verdict(model, found: torch.Tensor, exact: torch.Tensor) -> gate.Verdict:
     layers = model.config.num_hidden_layers
     roundoffs = gate.SLACK[model.dtype] * SLACK * math.sqrt(layers)
     allowed = roundoffs * gate.ROUNDOFF[model.dtype]
@@ -114,9 +128,11 @@ def filled_cache(model: FalconH1ForCausalLM, workload: Workload, seed: int) -> C
     return cache
 
 
-def make_step(model: FalconH1ForCausalLM, workload: Workload, ids: torch.Tensor, seed: int):
-    """The timed call: one forward behind `past` tokens, always from the same depth."""
-    cache = filled_cache(model, workload, seed)
+def make_step(model: FalconH1ForCausalLM, workload: Workload, ids: torch.Tensor, cache: Cache):
+    """The timed call: one forward behind `past` tokens, always from the same depth.
+
+    cache: from `filled_cache`; contestants share it, since it may take most of the memory.
+    """
     held = {"ids": ids}
 
     def prefill():
@@ -128,6 +144,20 @@ def make_step(model: FalconH1ForCausalLM, workload: Workload, ids: torch.Tensor,
         held["ids"] = model(held["ids"], cache=cache, logits_to_keep=1)[:, -1:].argmax(-1)
 
     return decode if workload.phase == "decode" else prefill
+
+
+def make_graph_step(
+    model: FalconH1ForCausalLM, workload: Workload, ids: torch.Tensor, cache: Cache
+):
+    """`make_step` of a decode workload with a captured graph, as `generate` runs it on a GPU."""
+    step, held = DecodeStep(model, cache), {"ids": ids[:, -1]}
+
+    def decode():
+        cache.lengths.fill_(workload.past)
+        step.past_b.fill_(workload.past)
+        held["ids"] = step(held["ids"]).argmax(-1)
+
+    return decode
 
 
 @torch.no_grad()
@@ -151,30 +181,40 @@ def run(
     people, gates = {}, {}
     ids = draw(2, min(GATE_TOKENS, config.max_position_embeddings))
     exact = layer.under(model, ops.TORCH)(ids, logits_to_keep=1)[:, -1]
+    ways = {"": (check, make_step)}
+    if device.type == "cuda":
+        ways[GRAPH] = (check_graph, make_graph_step)
     for table, found in tables(device, dtype).items():
         if isinstance(found, str):
             gates[table] = {"status": "absent", "reason": found}
             continue
         candidate = layer.under(model, found)
-        try:
-            verdict = check(candidate, exact, ids)
-        except Exception as error:  # as in `contest.run`
-            gates[table] = {"status": "failed", "reason": contest.describe(error)}
-            continue
-        checked = verdict._asdict()
-        passed, reason = checked.pop("passed"), checked.pop("reason")
-        gates[table] = {"status": "timed" if passed else "wrong", "reason": reason}
-        gates[table]["gate"] = {k: v for k, v in checked.items() if v < math.inf}
-        if passed:
-            people[table] = candidate
+        for way, (judged_by, maker) in ways.items():
+            try:
+                verdict = judged_by(candidate, exact, ids)
+            except Exception as error:  # as in `contest.run`
+                gates[table + way] = {"status": "failed", "reason": contest.describe(error)}
+                continue
+            checked = verdict._asdict()
+            passed, reason = checked.pop("passed"), checked.pop("reason")
+            gates[table + way] = {"status": "timed" if passed else "wrong", "reason": reason}
+            gates[table + way]["gate"] = {k: v for k, v in checked.items() if v < math.inf}
+            if passed:
+                people[table + way] = (candidate, maker)
     for w in workloads:
         cost = step_cost(config, w, dtype)
         shared = _describe(name, w, dtype, cost, ceilings)
         title = summary(f"generate {name} {w} {shared['dtype']}", cost, shared["bound"])
-        parts = {table: dict(part) for table, part in gates.items()}
+        served = {n for n in gates if w.phase == "decode" or not n.endswith(GRAPH)}
+        parts = {name: dict(part) for name, part in gates.items() if name in served}
         try:
             tokens = draw(w.batch, w.length)
-            calls = {table: make_step(one, w, tokens, seed) for table, one in people.items()}
+            cache = filled_cache(model, w, seed)
+            calls = {
+                name: maker(one, w, tokens, cache)
+                for name, (one, maker) in people.items()
+                if name in served
+            }
             taken = timing.measure(calls, clock, budget)
         except Exception as error:
             if not contest.out_of_memory(error):
@@ -182,7 +222,7 @@ def run(
             report.skipped(title, shared, "out of memory")
             continue
         finally:
-            calls = None
+            calls = cache = None
         for table, found in taken.items():
             parts[table] |= contest.times(found)
             contest.rates(parts[table], cost, dtype, ceilings)

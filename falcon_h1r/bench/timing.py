@@ -6,8 +6,8 @@ result is a median with its 20th and 80th percentile over the rounds.
 On a CPU a sample is one call between two readings of `time.perf_counter`, inputs warm in the
 caches as far as they fit. On a GPU it is the time between two CUDA events around one call, after
 a buffer larger than the L2 cache was cleared: inputs come from memory. Clearing takes at least
-half a millisecond, in which the CPU gets ahead: launching is not in the time, unless a call takes
-longer than that to launch. `host` is what the CPU spent on the call.
+half a millisecond, and up to LEAD_SECONDS for a call that took longer to launch when it was sampled
+before; meanwhile the CPU gets ahead, so launching is not in the time. `host` is what the CPU spent.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 FLUSH_SECONDS = 5e-4
+LEAD_SECONDS = 1e-2
 FLUSH_BYTES = 2**28
 
 
@@ -68,25 +69,31 @@ class CudaClock:
         l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
         size = max(4 * l2, FLUSH_BYTES)
         self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
-        self._passes = 1
-        took = min(self._events(self._flush, flush=False)[0] for _ in range(5))
-        self._passes = max(1, math.ceil(FLUSH_SECONDS / max(took, 1e-6)))
+        self._hosts: dict[int, float] = {}  # what each call took to launch, by its id
+        took = min(self._events(self._buffer.zero_, 0)[0] for _ in range(5))
+        self._pass_seconds = max(took, 1e-6)
         self.description = (
-            f"CUDA events around one call, after {self._passes} x {size >> 20} MiB were cleared "
-            "to empty the L2 cache"
+            f"CUDA events around one call, after {self._passes_for(0.0)} x {size >> 20} MiB (more "
+            "where launching takes long) were cleared to empty the L2 cache"
         )
 
     def sample(self, call: Callable[[], Any]) -> tuple[float, float | None]:
-        return self._events(call, flush=True)
+        seconds, host = self._events(call, self._passes_for(self._hosts.get(id(call), 0.0)))
+        self._hosts[id(call)] = host
+        return seconds, host
 
-    def _flush(self) -> None:
-        for _ in range(self._passes):
+    def _passes_for(self, host: float) -> int:
+        """How often the buffer is cleared before a call that takes `host` seconds to launch."""
+        lead = max(FLUSH_SECONDS, min(1.5 * host, LEAD_SECONDS))
+        return max(1, math.ceil(lead / self._pass_seconds))
+
+    def _flush(self, passes: int) -> None:
+        for _ in range(passes):
             self._buffer.zero_()
 
-    def _events(self, call, flush: bool) -> tuple[float, float]:
+    def _events(self, call, passes: int) -> tuple[float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if flush:
-            self._flush()
+        self._flush(passes)
         start.record()
         before = time.perf_counter()
         call()

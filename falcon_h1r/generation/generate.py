@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache
+from .graph import DecodeStep
 from .output import GenerateOutput, Step, collect
 from .params import SamplingParams, derive_seeds, per_prompt
 from .prompts import prefill_chunks, read_prompts
@@ -29,6 +30,7 @@ def generate(
     on_step: Callable[[Step], None] | None = None,
     prefill_chunk: int | None = None,
     cache: Cache | None = None,
+    graph: bool | None = None,
 ) -> GenerateOutput:
     """Generate `params.n` sequences for every prompt. Arguments and errors are those of `stream`.
 
@@ -42,6 +44,7 @@ def generate(
         tokenizer=tokenizer,
         prefill_chunk=prefill_chunk,
         cache=cache,
+        graph=graph,
     )
     for step in run:
         if on_step is not None:
@@ -58,6 +61,7 @@ def stream(
     tokenizer=None,
     prefill_chunk: int | None = None,
     cache: Cache | None = None,
+    graph: bool | None = None,
 ) -> Stream:
     """Check a request and return it as a `Stream`: iterate over it for the steps.
 
@@ -70,11 +74,13 @@ def stream(
         rest is computed. It is advanced in place over the prompt, and with n = 1 over the new
         tokens too, all but the last, as long as no row leaves the batch; meant for going on with
         one conversation.
+    graph: capture the decode step as a CUDA graph and replay it (`graph.DecodeStep`); None: on a
+        GPU. False is for models with operators or hooks that read values back to the CPU.
 
     Raises ValueError for a request that cannot be served: see `read_prompts`, `SamplingParams`, and
     prompt + max_new_tokens beyond `max_position_embeddings`.
     """
-    return Stream(model, input_ids, params, attention_mask, tokenizer, prefill_chunk, cache)
+    return Stream(model, input_ids, params, attention_mask, tokenizer, prefill_chunk, cache, graph)
 
 
 class Stream:
@@ -85,8 +91,14 @@ class Stream:
     exception).
     """
 
-    def __init__(self, model, input_ids, params, attention_mask, tokenizer, prefill_chunk, cache):
+    def __init__(
+        self, model, input_ids, params, attention_mask, tokenizer, prefill_chunk, cache, graph
+    ):
         self._model, self._tokenizer, self._cache = model, tokenizer, cache
+        on_gpu = model.device.type == "cuda"
+        if graph and not on_gpu:
+            raise ValueError(f"graph: a CUDA graph needs a GPU, the model is on {model.device}")
+        self._graph = on_gpu if graph is None else graph
         self._prompts = read_prompts(input_ids, attention_mask, model.config.vocab_size)
         by_prompt = per_prompt(params, len(self._prompts))
         if prefill_chunk is not None and (not isinstance(prefill_chunk, int) or prefill_chunk < 1):
@@ -174,6 +186,7 @@ class Stream:
         sampler = Sampler(self.params, self.seeds, prompts, vocab, logits_rv.device)
         slots = torch.arange(len(self.seeds))  # which sequence sits in each row of the batch
         running = torch.ones(len(self.seeds), dtype=torch.bool)  # by sequence
+        decode = DecodeStep(model, cache) if self._graph else None
         for position in range(longest):
             tokens_r, choice = sampler.choose(logits_rv, position, self._forced(slots, running))
             step = self._settle(position, choice, slots, running)
@@ -189,7 +202,11 @@ class Stream:
                 cache = cache.select(kept)
                 sampler.select(kept)
                 slots, tokens_r = slots[kept], tokens_r[kept.to(tokens_r.device)]
-            logits_rv = model(tokens_r[:, None], cache=cache, logits_to_keep=1)[:, -1]
+                decode = DecodeStep(model, cache) if self._graph else None
+            if decode is None:
+                logits_rv = model(tokens_r[:, None], cache=cache, logits_to_keep=1)[:, -1]
+            else:
+                logits_rv = decode(tokens_r)
 
     def _forced(self, slots: Tensor, running: Tensor) -> Tensor | None:
         if all(p.thinking_budget is None for p in self.params):

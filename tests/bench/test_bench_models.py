@@ -287,7 +287,8 @@ def test_every_decode_step_stands_at_the_same_depth():
         depths.append(cache.lengths.tolist()),
         forward(ids, cache=cache, **k),
     )[1]
-    step = generation_bench.make_step(model, w, torch.zeros(3, 1, dtype=torch.long), 0)
+    cache = generation_bench.filled_cache(model, w, 0)
+    step = generation_bench.make_step(model, w, torch.zeros(3, 1, dtype=torch.long), cache)
     step()
     step()
     assert depths == [[w.past] * w.batch] * 2

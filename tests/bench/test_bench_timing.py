@@ -120,6 +120,26 @@ def test_the_gpu_clock_empties_the_cache_before_each_call(monkeypatch):
     assert "3 x" in clock.description and clock.flushes
 
 
+@pytest.mark.parametrize("host, passes", [(1e-4, 3), (1e-3, 8), (1.0, 51)])
+def test_the_gpu_clock_lets_a_slow_launch_get_ahead(monkeypatch, host, passes):
+    gpu = FakeGpu(monkeypatch, l2=1)
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 64)
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda tensor: gpu.spend("clear", 2e-4))
+    clock = timing.CudaClock(CPU)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: gpu.cpu)
+    gpu.cpu = 0.0
+
+    def call():
+        gpu.cpu += host
+        gpu.log.append("call")
+
+    for expected in (3, passes):
+        gpu.log.clear()
+        clock.sample(call)
+        assert gpu.log.index("event") == expected
+    assert gpu.log.count("clear") == passes
+
+
 def test_the_wall_clock_waits_for_the_device(monkeypatch):
     gpu = FakeGpu(monkeypatch, l2=1)
     clock = timing.WallClock(torch.device("cuda"))
