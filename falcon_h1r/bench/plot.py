@@ -10,14 +10,20 @@ from .machine import Ceilings
 _MARKERS = "o^sDvPX*<>"
 
 
-def require_matplotlib() -> None:
-    """Raise ValueError, with the command that helps, unless matplotlib can be imported."""
+def has_matplotlib() -> bool:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
+        return False
+    return True
+
+
+def require_matplotlib() -> None:
+    """Raise ValueError, with the command that helps, unless matplotlib can be imported."""
+    if not has_matplotlib():
         raise ValueError(
             "--plot needs matplotlib: pip install 'falcon-h1r[bench]', or pip install matplotlib"
-        ) from None
+        )
 
 
 def roofline(

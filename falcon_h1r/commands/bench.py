@@ -86,7 +86,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="append JSON lines here; default: benchmarks/results/DATE-MACHINE.jsonl in a "
         "checkout, DATE-MACHINE.jsonl here otherwise",
     )
-    add("--plot", type=Path, metavar="FILE.png", help="draw the roofline (needs matplotlib)")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="the roofline's picture; default: beside --out's file, where matplotlib is installed",
+    )
     add("--json", action="store_true", help="one JSON document on stdout in place of the table")
 
 
@@ -94,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..bench import machine, report, timing
-    from ..bench.plot import require_matplotlib, roofline
+    from ..bench.plot import has_matplotlib, require_matplotlib, roofline
 
     device = _device(args.device)
     workloads = _workloads(args, device)
@@ -139,9 +144,12 @@ def run(args: argparse.Namespace) -> int:
         say(f"\n{len(out.records)} records appended to {path}")
         if wrong:
             say(f"{wrong} of our own implementations did not pass the correctness check")
-    if args.plot is not None:
-        roofline(out.records, ceilings, card, args.plot)
-        say(f"roofline: {args.plot}")
+    if args.plot is None and not has_matplotlib():
+        say("no roofline drawn: matplotlib is not installed (pip install 'falcon-h1r[bench]')")
+    elif args.plot is not None or any(r.get("status") == "timed" for r in out.records):
+        picture = args.plot or path.with_suffix(".png")
+        roofline(out.records, ceilings, card, picture)
+        say(f"roofline: {picture}")
     if args.json:
         print(json.dumps({"records": out.records, "file": str(path), "wrong": wrong}))
     return WRONG if wrong else 0

@@ -11,7 +11,7 @@ norm, as by `gated_rms_norm`.
 It saves a launch, y's trip from processor to processor, and one rounding: y is float32 until the
 result is rounded. Its price is parallelism, one program per row and norm group where `ssd_step` has
 one for every few channels. On an H100, H1R-7B, 64 rows take 152 microseconds to the 145 of both
-launches, 256 rows 576 to about 555, one row 92 to 12: it pays where launches are what costs.
+launches, 256 rows 576 to about 555, one row 92 to 11: it pays where launches are what costs.
 
 Sums over n stay inside a warp; with heads of 128 x 256 the loop over tiles has no barrier.
 Axes: b batch, h heads, p channels per head, g groups of B and C, n state size, d = h p.

@@ -52,6 +52,7 @@ def test_json_is_one_document_on_stdout(capsys, tmp_path):
     assert status == 0 and out.count("\n") == 1 and document["records"] == records
     assert document["wrong"] == 0 and Path(document["file"]).exists()
     assert "swiglu h1r-pico prefill" in err
+    assert Path(document["file"]).with_suffix(".png").stat().st_size > 10_000, "one per run"
 
 
 def test_layer(capsys, tmp_path):
@@ -129,6 +130,9 @@ def test_missing_matplotlib_is_said_before_anything_is_measured(capsys, monkeypa
     argv = ["--plot", tmp_path / "x.png", "--op", "rope"]
     status, out, err, records = bench_run(capsys, tmp_path, "ops", *argv)
     assert (status, out, records) == (2, "", []) and "pip install matplotlib" in err
+    status, out, _, records = bench_run(capsys, tmp_path, "ops", "--op", "rope")
+    assert status == 0 and records and "no roofline drawn: matplotlib is not installed" in out
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.jsonl"]
 
 
 def test_defaults(monkeypatch):

@@ -8,6 +8,10 @@ import pytest
 import torch
 from checks import normal
 from falcon_h1r_kernels.launch import Config, check_inputs, operator, pick
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.library import CustomOpDef
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +70,64 @@ def test_an_operator_runs_on_the_device_of_its_first_tensor(monkeypatch):
     x = normal(3)
     assert torch.equal(launch(x, 2.0), 2 * x)
     assert entered[0] is not None and entered[1] is None
+
+
+@pytest.fixture
+def twice():
+    """An operator that writes in place, and how often it went through the dispatcher."""
+    ran = []
+
+    @operator("test_twice", mutates_args={"x"})
+    def launch(x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        x.mul_(2)
+        return x if y is None else x + y
+
+    @launch.register_fake
+    def _(x, y):
+        return torch.empty_like(x)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(function)
+            return function(*args, **(kwargs or {}))
+
+    return launch, Watch, ran
+
+
+def test_plain_calls_go_past_the_dispatcher(twice, monkeypatch):
+    launch, _, _ = twice
+    monkeypatch.setattr(CustomOpDef, "__call__", None)
+    x = normal(3)
+    expected, version = 2 * x, x._version
+    with torch.no_grad():
+        assert torch.equal(launch(x, Parameter(torch.zeros(3))), expected)
+    assert torch.equal(x, expected) and x._version > version
+    with torch.inference_mode():
+        launch(torch.ones(3), None)
+
+
+def test_all_other_calls_do_not(twice):
+    """Gradients, modes, tensors without memory, subclasses."""
+    launch, Watch, ran = twice
+    with Watch():
+        launch(normal(3), torch.zeros(3))
+    assert torch.ops.falcon_h1r.test_twice.default in ran
+    with FakeTensorMode():
+        assert type(launch(torch.empty(3), torch.empty(3))) is FakeTensor
+    assert launch(torch.empty(3, device="meta"), torch.empty(3, device="meta")).is_meta
+    y = torch.zeros(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        launch(normal(3), y).sum().backward()
+
+
+def test_a_write_in_place_is_seen_by_autograd(twice):
+    launch, _, _ = twice
+    x, w = normal(3), torch.ones(3, requires_grad=True)
+    product = x * w
+    with torch.no_grad():
+        launch(x, None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
 
 
 def test_a_cpu_without_the_interpreter_is_refused():
