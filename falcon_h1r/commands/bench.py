@@ -54,6 +54,9 @@ def add_to(commands) -> None:
         "--model", metavar="PATH_OR_REPO", help="measure this checkpoint, not a random model"
     )
     generate.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    generate.add_argument(
+        "--peers", action="store_true", help="also transformers, with the same weights"
+    )
     for kind in (ops, layer, generate):
         _add_common(kind)
         kind.set_defaults(run=run)
@@ -189,7 +192,9 @@ def _generate(args, shapes, workloads, dtypes, device, clock, ceilings, budget, 
                 model = load(folder, dtype=dtype, device=device, revision=args.revision)
             else:
                 model = generation_bench.random_model(config, dtype, device, args.seed)
-            wrong += generation_bench.run(name, model, workloads, ceilings, budget, out, args.seed)
+            wrong += generation_bench.run(
+                name, model, workloads, ceilings, budget, out, args.seed, args.peers
+            )
             del model
     return wrong
 

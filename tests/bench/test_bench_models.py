@@ -3,11 +3,19 @@
 import pytest
 import torch
 from bench.tiny_bench import BARE_GATE, BUDGET, CEILINGS, CPU, TWO_GROUPS, FakeClock
-from models import make_config
+from models import make_config, rms_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from falcon_h1r import FalconH1ForCausalLM, cost
-from falcon_h1r.bench import contest, generation_bench, layer, peer_layer, report, timing
+from falcon_h1r.bench import (
+    contest,
+    generation_bench,
+    layer,
+    peer_layer,
+    peer_model,
+    report,
+    timing,
+)
 from falcon_h1r.bench.registry import Workload
 from falcon_h1r.ops import REFERENCE, TORCH
 
@@ -220,11 +228,46 @@ def test_excited_weights_let_every_part_of_a_block_show():
     assert added == pytest.approx(dict.fromkeys(added, 1.0), rel=0.05) and len(added) == 3
 
 
-def run_generate(model, monkeypatch, workloads=WORKLOADS):
+def run_generate(model, monkeypatch, workloads=WORKLOADS, **options):
     monkeypatch.setattr(timing, "WallClock", lambda device: FakeClock())
     with report.Report(None, lambda text: None) as out:
-        wrong = generation_bench.run("t", model, workloads, CEILINGS, BUDGET, out)
+        wrong = generation_bench.run("t", model, workloads, CEILINGS, BUDGET, out, **options)
     return out.records, wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_generation_beside_transformers(monkeypatch, dtype):
+    model = generation_bench.random_model(TWO_GROUPS, dtype, CPU, 0)
+    records, wrong = run_generate(model, monkeypatch, peers=True)
+    peers = [r for r in records if r["implementation"] == "transformers"]
+    assert wrong == 0 and [r["status"] for r in peers] == ["timed"] * len(WORKLOADS)
+
+
+@pytest.mark.parametrize("l", [1, 3])
+@torch.no_grad()
+def test_the_peers_step_is_ours(l):
+    """From the same cache, at the same depth, again and again; its parameters are no copies."""
+    model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
+    peer = peer_model.transformers_model(model)
+    w = Workload("decode" if l == 1 else "resume", 2, l, 6)
+    assert (
+        peer.model.embed_tokens.weight.data_ptr()
+        == model.state_dict()["model.embed_tokens.weight"].data_ptr()
+    )
+    cache, ids = generation_bench.filled_cache(model, w, 0), torch.arange(2 * l).view(2, l)
+    seen, forward = [], peer.forward
+
+    def watch(*args, **kwargs):
+        seen.append(forward(*args, **kwargs))
+        return seen[-1]
+
+    peer.forward = watch
+    step = peer_model.make_step(peer, w, ids, cache)
+    step()
+    expected = model(ids, cache=cache, logits_to_keep=1)
+    assert rms_error(seen[-1].logits, expected) < 1e-5
+    step()
+    assert seen[-1].past_key_values.get_seq_length() == 6 + l
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,0 +1,154 @@
+"""llama.cpp as a peer: our weights in a GGUF file, through the llama-cpp-python package.
+
+Token ids go in and logits come out; its sampling, tokenizer and server stay out. The low-level
+functions are those of version 0.3.36. What its settings do not change: the recurrent state and the
+convolution's window are float32. With flash attention its graph casts keys and values to float16
+even where the cache holds float32, so as a float32 peer it runs without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..checkpoint.gguf import save_gguf
+from ..model import FalconH1ForCausalLM
+from .peers import import_error
+
+ERROR = 4  # GGML_LOG_LEVEL_ERROR
+
+
+def why_not() -> str:
+    """Why llama.cpp does not take part, "not installed" for one; "" if it does."""
+    return import_error("llama_cpp") or import_error("gguf")
+
+
+@functools.cache
+def _library():
+    """The package, the errors it logged, and the callback that C holds a bare pointer to."""
+    import llama_cpp
+
+    messages: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def remember(level, text, _):
+        if level == ERROR:
+            messages.append(text.decode(errors="replace").strip())
+
+    llama_cpp.llama_log_set(remember, None)
+    llama_cpp.llama_backend_init()
+    return llama_cpp, messages, remember
+
+
+class LlamaPeer:
+    """`model` in llama.cpp, on the CPU, until `close()`.
+
+    dtype: of the matrices, float32 or bfloat16. kv_dtype: of keys and values, float16 (its default)
+    or float32. threads: None for torch's number. max_length: tokens per sequence; max_sequences:
+    rows decoded at once. batch, micro_batch: tokens per call and per pass, n_batch and n_ubatch.
+    Raises `CheckpointError` for a model that GGUF cannot carry, RuntimeError with what llama.cpp
+    logged where it refuses the file, the settings or, later, tokens beyond max_length.
+    """
+
+    def __init__(
+        self,
+        model: FalconH1ForCausalLM,
+        *,
+        dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype = torch.float16,
+        flash_attention: bool = False,
+        threads: int | None = None,
+        max_length: int = 4096,
+        max_sequences: int = 1,
+        batch: int = 2048,
+        micro_batch: int = 512,
+    ):
+        self._lib, self._messages, _ = _library()
+        lib, self.vocab_size = self._lib, model.config.vocab_size
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())  # llama.cpp maps the file
+            path = os.path.join(folder, "model.gguf")
+            save_gguf(model, path, dtype=dtype)
+            settings = lib.llama_model_default_params()
+            settings.n_gpu_layers = 0
+            loaded = lib.llama_model_load_from_file(os.fsencode(path), settings)
+            self._need(loaded, "load the file")
+            stack.callback(lib.llama_model_free, loaded)
+            kinds = {torch.float32: lib.GGML_TYPE_F32, torch.float16: lib.GGML_TYPE_F16}
+            settings = lib.llama_context_default_params()
+            settings.n_ctx, settings.n_seq_max = max_length * max_sequences, max_sequences
+            settings.n_batch, settings.n_ubatch = batch, micro_batch
+            settings.n_threads = settings.n_threads_batch = threads or torch.get_num_threads()
+            settings.type_k = settings.type_v = kinds[kv_dtype]
+            settings.flash_attn_type = int(flash_attention)  # 0 disabled, 1 enabled, -1 either
+            self._context = lib.llama_init_from_model(loaded, settings)
+            self._need(self._context, "make a context")
+            stack.callback(lib.llama_free, self._context)
+            self._memory = lib.llama_get_memory(self._context)
+            self._batch, self._capacity = lib.llama_batch_init(batch, 0, 1), batch
+            stack.callback(lib.llama_batch_free, self._batch)
+            self.close = stack.pop_all().close
+
+    def read(self, ids: Sequence[int], every: bool = False) -> np.ndarray:
+        """Read a prompt into the emptied memory; its last (or `every`) logits, (1 or l, vocab)."""
+        self._lib.llama_memory_clear(self._memory, False)
+        out = []
+        for start in range(0, len(ids), self._capacity):
+            piece = range(start, min(start + self._capacity, len(ids)))
+            out += self._decode([(ids[i], i, 0, every or i == len(ids) - 1) for i in piece])
+        return np.stack(out)
+
+    def spread(self, batch: int) -> None:
+        """Copy the sequence that was read: rows 0 .. batch - 1 of `step` go on behind it."""
+        for sequence in range(1, batch):
+            self._lib.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
+
+    def step(self, tokens: Sequence[int], position: int) -> np.ndarray:
+        """One token for each row; logits (batch, vocab)."""
+        return np.stack(self._decode([(t, position, row, True) for row, t in enumerate(tokens)]))
+
+    def prefill(self, ids: Sequence[int]) -> float:
+        """Seconds to read a prompt, its last logits included."""
+        start = time.perf_counter()
+        self.read(ids)
+        return time.perf_counter() - start
+
+    def decode_after(self, depth: int, batch: int, steps: int, seed: int = 0) -> list[float]:
+        """Seconds of each of `steps` greedy steps of `batch` rows behind a random prompt.
+
+        The depth, 1 or more, grows by one a step: a recurrent state cannot be set back. One step
+        before them is not timed: the rows' keys and values are copied in it.
+        """
+        ids = np.random.default_rng(seed).integers(0, self.vocab_size, depth).tolist()
+        tokens = [int(self.read(ids).argmax())] * batch
+        self.spread(batch)
+        seconds = []
+        for position in range(depth, depth + 1 + steps):
+            start = time.perf_counter()
+            tokens = self.step(tokens, position).argmax(-1).tolist()
+            seconds.append(time.perf_counter() - start)
+        return seconds[1:]
+
+    def _decode(self, rows: list[tuple[int, int, int, bool]]) -> list[np.ndarray]:
+        # rows: token, position, sequence, whether its logits are wanted
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        self._need(self._lib.llama_decode(self._context, batch) == 0, f"decode {len(rows)} tokens")
+        self._lib.llama_synchronize(self._context)
+        get, shape = self._lib.llama_get_logits_ith, (self.vocab_size,)
+        pointers = [get(self._context, i) for i, row in enumerate(rows) if row[3]]
+        return [np.ctypeslib.as_array(pointer, shape).copy() for pointer in pointers]
+
+    def _need(self, result, what: str) -> None:
+        if not result:
+            raise RuntimeError(f"llama.cpp does not {what}: {' '.join(self._messages[-2:])}")

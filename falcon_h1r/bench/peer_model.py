@@ -1,0 +1,73 @@
+"""transformers' FalconH1ForCausalLM with the weights of one of our models, for `bench generate`."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from ..cache import Cache
+from .peers import import_error
+from .registry import Workload
+
+_MODULE = "transformers.models.falcon_h1.modeling_falcon_h1"
+_SEED_TOKENS = 4  # of a true prefill, after which the cache holds tensors to be replaced
+
+
+def transformers_model(model):
+    """The peer in eval mode with our parameters, no copies; or, as a string, why there is none."""
+    if reason := import_error(_MODULE):
+        return reason
+    if model.dtype == torch.float64:
+        return "computes in float32"
+    falcon = importlib.import_module(_MODULE)
+    values = model.config.to_dict() | {"time_step_limit": model.config.time_step_limit}
+    config = falcon.FalconH1Config(**values)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        peer = falcon.FalconH1ForCausalLM(config)
+    # A_log, D and dt_bias stay in float32, though its own loader would narrow them.
+    peer.load_state_dict(model.state_dict(), strict=False, assign=True)
+    if config.tie_word_embeddings:
+        peer.lm_head.weight = peer.model.embed_tokens.weight
+    multipliers = falcon.compute_mup_vector(config).to(model.device, model.dtype)
+    for layer in peer.model.layers:
+        layer.mamba.register_buffer("mup_vector", multipliers, persistent=False)
+    peer.model.rotary_emb = falcon.FalconH1RotaryEmbedding(config).to(model.device)
+    return peer.eval()
+
+
+@torch.no_grad()
+def last_logits(peer, ids: torch.Tensor) -> torch.Tensor:
+    """(b, vocab) behind `ids`, read as a prefill of all but one token and a step of one."""
+    held = peer(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    return peer(ids[:, -1:], past_key_values=held, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def make_step(peer, workload: Workload, ids: torch.Tensor, cache: Cache):
+    """One forward as `generate` calls it, always from the same depth.
+
+    An empty DynamicCache in prefill; behind a past one that holds the keys, windows and states of
+    `cache`, and gets its keys back before every call.
+    """
+    if workload.phase == "prefill":
+        return lambda: peer(ids, use_cache=True, logits_to_keep=1)
+    seed = ids.new_zeros(workload.batch, _SEED_TOKENS)
+    held = peer(seed, use_cache=True, logits_to_keep=1).past_key_values
+    past, v = workload.past, cache.windows.shape[2]
+    keys, values = (
+        [t[:, :, :past].contiguous() for t in tensor] for tensor in (cache.keys, cache.values)
+    )
+    for index, layer in enumerate(held.layers):
+        layer.conv_states[0][:, :, -v:] = cache.windows[index].mT
+        layer.recurrent_states[0] = cache.states[index].clone()
+    token = {"ids": ids}
+
+    def proceed():
+        for layer, k, v in zip(held.layers, keys, values):
+            layer.keys, layer.values = k, v
+        out = peer(token["ids"], past_key_values=held, use_cache=True, logits_to_keep=1)
+        if workload.phase == "decode":
+            token["ids"] = out.logits[:, -1:].argmax(-1)
+
+    return proceed
