@@ -6,6 +6,7 @@ from .attention import FalconH1Attention
 from .mamba2 import Mamba2Mixer
 from .mlp import FalconH1MLP
 from .norm import RMSNorm
+from .precision import scaled
 
 
 class HybridBlock(nn.Module):
@@ -28,7 +29,7 @@ class HybridBlock(nn.Module):
         ssm_in_multiplier acts inside the mixer, after the norm; attention_in_multiplier here.
         """
         normed = self.input_layernorm(x_bld)
-        mamba = self.mamba(normed, span, layer) * self.ssm_out_multiplier
-        attention = self.self_attn(normed * self.attention_in_multiplier, span, layer)
-        x_bld = x_bld + (mamba + attention * self.attention_out_multiplier)
+        mamba = scaled(self.mamba(normed, span, layer), self.ssm_out_multiplier)
+        attention = self.self_attn(scaled(normed, self.attention_in_multiplier), span, layer)
+        x_bld = x_bld + (mamba + scaled(attention, self.attention_out_multiplier))
         return x_bld + self.feed_forward(self.pre_ff_layernorm(x_bld))

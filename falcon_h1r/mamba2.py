@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .norm import GatedRMSNorm
-from .precision import compute_dtype
+from .precision import compute_dtype, scaled
 
 
 class Mamba2Mixer(nn.Module):
@@ -42,11 +42,12 @@ class Mamba2Mixer(nn.Module):
         work = compute_dtype(u_bld)
 
         # 1. One projection, cut into five segments, each with its own multiplier.
-        segments = self.in_proj(u_bld * c.ssm_in_multiplier).split(
-            [c.d_ssm, c.d_ssm, bc_width, bc_width, c.mamba_n_heads], dim=-1
-        )
-        z, x, B, C, dt = (m * s for m, s in zip(c.ssm_multipliers, segments))
-        xBC = torch.cat([x, B, C], dim=-1)
+        projected = self.in_proj(scaled(u_bld, c.ssm_in_multiplier))
+        z, xBC, dt = projected.split([c.d_ssm, c.conv_dim, c.mamba_n_heads], dim=-1)
+        z, dt = scaled(z, c.ssm_multipliers[0]), scaled(dt, c.ssm_multipliers[4])
+        if c.ssm_multipliers[1:4] != (1.0, 1.0, 1.0):
+            segments = xBC.split([c.d_ssm, bc_width, bc_width], dim=-1)
+            xBC = torch.cat([m * s for m, s in zip(c.ssm_multipliers[1:4], segments)], dim=-1)
 
         # 2. Step size and decay rate. dt = 0 makes right padding hold the state.
         dt = F.softplus(dt.to(work) + self.dt_bias.to(work)).clamp(*c.time_step_limit)

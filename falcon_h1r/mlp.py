@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .precision import compute_dtype
+from .precision import compute_dtype, scaled
 
 
 def swiglu_reference(gate: Tensor, up: Tensor, gate_multiplier: float = 1.0) -> Tensor:
@@ -31,4 +31,4 @@ class FalconH1MLP(nn.Module):
     def forward(self, x_bld: Tensor) -> Tensor:
         """(b, l, d) -> (b, l, d)."""
         y = self.ops.swiglu(self.gate_proj(x_bld), self.up_proj(x_bld), self.gate_multiplier)
-        return self.down_proj(y) * self.down_multiplier
+        return scaled(self.down_proj(y), self.down_multiplier)

@@ -19,6 +19,7 @@ from .config import FalconH1Config
 from .mamba2 import Mamba2Mixer
 from .norm import RMSNorm
 from .ops import Ops, default_table
+from .precision import scaled
 
 # Kept in float32 in a narrower model: they enter exponentials, and cost a few bytes per layer.
 FLOAT32_PARAMETERS = ("mamba.A_log", "mamba.D", "mamba.dt_bias")
@@ -136,7 +137,7 @@ class FalconH1ForCausalLM(nn.Module):
             span = Span.plan(
                 self.config, cache, input_ids.shape, lengths, seq_idx, input_ids.device, work
             )
-        x_bld = self.model["embed_tokens"](input_ids) * self.config.embedding_multiplier
+        x_bld = scaled(self.model["embed_tokens"](input_ids), self.config.embedding_multiplier)
         for index, block in enumerate(self.model["layers"]):
             x_bld = block(x_bld, span, None if cache is None else cache.layer(index))
         if cache is not None and not captured:
@@ -145,7 +146,7 @@ class FalconH1ForCausalLM(nn.Module):
         x_bld = self.model["final_layernorm"](x_bld)
         tied = self.config.tie_word_embeddings
         weight = self.model["embed_tokens"].weight if tied else self.lm_head.weight
-        return F.linear(x_bld, weight).to(work) * self.config.lm_head_multiplier
+        return scaled(F.linear(x_bld, weight).to(work), self.config.lm_head_multiplier)
 
     def _check_inputs(self, input_ids, attention_mask, cache, logits_to_keep, seq_idx):
         if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():

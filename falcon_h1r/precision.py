@@ -13,3 +13,8 @@ import torch
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     """float32 for float32 and narrower inputs, float64 for float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def scaled(tensor: torch.Tensor, multiplier: float) -> torch.Tensor:
+    """tensor * multiplier, and no work where a multiplier is 1: see `checkpoint/fold.py`."""
+    return tensor if multiplier == 1.0 else tensor * multiplier

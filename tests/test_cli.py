@@ -198,6 +198,14 @@ def test_the_reference_operators_give_the_same_text(capsys, checkpoint):
     assert run(capsys, *argv, "reference")[1] == run(capsys, *argv, "torch")[1]
 
 
+def test_folded_multipliers_give_the_same_text(capsys, checkpoint):
+    argv = ["generate", "hello", "--model", checkpoint, "--max-new-tokens", "9"]
+    assert run(capsys, *argv, "--fold")[1] == run(capsys, *argv)[1]
+    for extra, one in (((), False), (("--fold",), True)):
+        args = build_parser().parse_args([*map(str, argv), *extra])
+        assert (common.load_model(args).config.ssm_in_multiplier == 1) == one
+
+
 def test_defaults_come_from_generation_config(checkpoint, tmp_path):
     folder = write_checkpoint(tmp_path / "configured")
 

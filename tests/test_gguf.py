@@ -8,6 +8,7 @@ import hashlib
 import math
 import sys
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,6 @@ from tiny_text import MERGES, SPECIAL, TAGS, build_backend, write_tokenizer
 
 from falcon_h1r.checkpoint import CheckpointError
 from falcon_h1r.checkpoint import gguf as writer
-
-gguf = pytest.importorskip("gguf")
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -106,6 +105,15 @@ def test_every_tensor_is_the_float64_product_rounded_once(tmp_path, name, dtype)
 def test_a_bfloat16_model_is_folded_in_wider_numbers(tmp_path):
     model = same_weights(case_model("two_groups"), dtype=torch.bfloat16)
     writer.save_gguf(model, tmp_path / "m.gguf")
+    found, expected = tensors_of(tmp_path / "m.gguf"), folded(model)
+    assert all(torch.equal(found[key], value.float()) for key, value in expected.items())
+
+
+def test_the_model_stays_as_it_is(tmp_path):
+    model = same_weights(case_model("two_groups"), dtype=torch.float64)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    writer.save_gguf(model, tmp_path / "m.gguf")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     found, expected = tensors_of(tmp_path / "m.gguf"), folded(model)
     assert all(torch.equal(found[key], value.float()) for key, value in expected.items())
 

@@ -57,14 +57,14 @@ def test_llama_cpp_gives_our_logits(name):
         assert 1e-5 < prefill < FLOAT16_CACHE_BOUND and decode < FLOAT16_CACHE_BOUND
 
 
-def test_llama_cpp_reads_bfloat16(tmp_path):
+def test_llama_cpp_reads_bfloat16():
     model = case_model("two_groups")
     ids = random_ids(model.config, 1, 40)
     errors = distances(model, ids, 30, dtype=torch.bfloat16, kv_dtype=torch.float32)
     assert 1e-4 < max(errors[1:]) < 10 * 2**-8
 
 
-@pytest.mark.slow  # 91 million parameters in two dtypes: half a minute
+@pytest.mark.slow  # 91 million parameters in two dtypes
 def test_llama_cpp_gives_our_logits_at_90m():
     config = FalconH1Config.preset("tiny-90m")
     model = make_model(config)

@@ -1,6 +1,8 @@
-"""Checkpoints in the released layout: safetensors in, safetensors out, never a pickle."""
+"""Checkpoints in the released layout: safetensors in, safetensors (or GGUF) out, never a pickle."""
 
 from .errors import CheckpointError
+from .fold import fold_multipliers
+from .gguf import save_gguf
 from .hub import resolve
 from .layout import TensorInfo, inspect
 from .loader import end_token_ids, load, read_config, read_generation_config
@@ -10,10 +12,12 @@ __all__ = [
     "CheckpointError",
     "TensorInfo",
     "end_token_ids",
+    "fold_multipliers",
     "inspect",
     "load",
     "read_config",
     "read_generation_config",
     "resolve",
     "save",
+    "save_gguf",
 ]

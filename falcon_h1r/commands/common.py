@@ -54,6 +54,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="operator table; default: triton on a GPU, torch elsewhere. On a CPU, triton runs "
         "slowly, through Triton's interpreter",
     )
+    group.add_argument(
+        "--fold",
+        action="store_true",
+        help="fold the multipliers into the weights: fewer products, each weight rounded once more",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +144,15 @@ def locate(model: str, revision: str | None = None) -> str | Path:
 
 def load_model(args: argparse.Namespace):
     """Read the weights, with a progress bar on stderr if that is a terminal."""
+    model = _read_model(args)
+    if not args.fold:
+        return model
+    from ..checkpoint import fold_multipliers
+
+    return fold_multipliers(model)
+
+
+def _read_model(args: argparse.Namespace):
     import torch
 
     from ..checkpoint import inspect, load, resolve
