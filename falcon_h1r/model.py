@@ -144,9 +144,11 @@ class FalconH1ForCausalLM(nn.Module):
             cache.lengths += input_ids.shape[1] if lengths is None else lengths
         x_bld = _rows_to_return(x_bld, l, lengths, shift, logits_to_keep)
         x_bld = self.model["final_layernorm"](x_bld)
-        tied = self.config.tie_word_embeddings
-        weight = self.model["embed_tokens"].weight if tied else self.lm_head.weight
-        return scaled(F.linear(x_bld, weight).to(work), self.config.lm_head_multiplier)
+        if hasattr(self, "lm_head"):
+            logits = self.lm_head(x_bld)
+        else:  # tied
+            logits = F.linear(x_bld, self.model["embed_tokens"].weight)
+        return scaled(logits.to(work), self.config.lm_head_multiplier)
 
     def _check_inputs(self, input_ids, attention_mask, cache, logits_to_keep, seq_idx):
         if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():

@@ -25,6 +25,7 @@ ROOMS = [
     ["block", "cache"],
     ["ops"],
     ["model"],
+    ["onednn"],
     ["checkpoint"],
     ["text"],
     ["generation"],

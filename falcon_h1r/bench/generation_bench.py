@@ -24,6 +24,7 @@ from ..cache import Cache
 from ..config import FalconH1Config
 from ..generation.graph import DecodeStep
 from ..model import FalconH1ForCausalLM
+from ..onednn import unusable, use_onednn
 from . import contest, gate, layer, peer_model, timing
 from .machine import Ceilings
 from .operators import CACHE_ROOM, OPERATORS, Cost, Size
@@ -32,6 +33,7 @@ from .report import Report, summary
 from .weights import excite
 
 GRAPH = ", graph"  # steps captured as a CUDA graph
+ONEDNN = "torch, onednn"
 SLACK = 10.0  # factor on gate.SLACK: 0.26 in bfloat16 over 44 layers
 GATE_TOKENS = 48
 
@@ -211,6 +213,8 @@ def run(
         for way, (judged_by, maker) in ways.items():
             if way != GRAPH or not (table == "reference" or isinstance(found, str)):
                 admit(table + way, candidate, maker, judged_by)
+    reason = unusable(model)
+    admit(ONEDNN, reason or use_onednn(layer.under(model, ops.TORCH)), make_step, check)
     if peers:
 
         def judged(peer, exact, ids):

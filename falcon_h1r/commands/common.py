@@ -59,6 +59,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fold the multipliers into the weights: fewer products, each weight rounded once more",
     )
+    group.add_argument(
+        "--no-onednn",
+        action="store_true",
+        help="on a CPU, linear layers as torch has them rather than through oneDNN",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -145,11 +150,13 @@ def locate(model: str, revision: str | None = None) -> str | Path:
 def load_model(args: argparse.Namespace):
     """Read the weights, with a progress bar on stderr if that is a terminal."""
     model = _read_model(args)
-    if not args.fold:
-        return model
-    from ..checkpoint import fold_multipliers
+    if args.fold:
+        from ..checkpoint import fold_multipliers
 
-    return fold_multipliers(model)
+        model = fold_multipliers(model)
+    from ..onednn import unusable, use_onednn
+
+    return model if args.no_onednn or unusable(model) else use_onednn(model)
 
 
 def _read_model(args: argparse.Namespace):
