@@ -1,9 +1,10 @@
 """Linear layers through oneDNN, for inference on a CPU.
 
-`torch.nn.functional.linear` multiplies float32 with MKL, whose products of few rows are slow beside
-oneDNN's, above all on processors that are not Intel's; and it hands bfloat16 weights to oneDNN as
-they lie, to be brought into its own order in every call. Here that order is made once. Results are
-those of the same product: only the order of sums may differ.
+`torch.nn.functional.linear` hands bfloat16 weights to oneDNN as they lie, to be brought into its
+own order in every call; here that is done once. It multiplies float32 with MKL, which on AMD
+processors reads a matrix for one row with one thread, unless the matrix lies the other way round,
+and is slower than oneDNN for several rows; here the weights lie that way, and oneDNN takes all but
+single rows. Results are those of the same product: only the order of sums may differ.
 """
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 
 class OneDNNLinear(nn.Module):
-    """An `nn.Linear` without gradients: `weight` as it was in float32, packed in bfloat16."""
+    """An `nn.Linear` without gradients: `weight` with its columns in sequence in float32, packed in
+    bfloat16."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -21,7 +23,8 @@ class OneDNNLinear(nn.Module):
         if linear.weight.dtype == torch.bfloat16:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
         else:
-            self.packed, self.weight = None, linear.weight
+            columns = linear.weight.detach().T.contiguous()
+            self.packed, self.weight = None, nn.Parameter(columns.T, requires_grad=False)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self.packed is not None:
@@ -35,7 +38,7 @@ class OneDNNLinear(nn.Module):
         """(..., in_features) -> (..., out_features)."""
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        if x.numel() == self.in_features:  # MKL reads a matrix for one row at memory's speed
+        if x.numel() == self.in_features:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
