@@ -54,7 +54,10 @@ def causal_conv1d(
     lengths_b: Tensor | None = None,
     seq_idx_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`causal_conv1d_reference` through torch's depthwise convolution; same arguments."""
+    """`causal_conv1d_reference` through torch's depthwise convolution; same arguments.
+
+    As an image of height 1, (b, l, c) is a channels-last image and need not be transposed.
+    """
     if seq_idx_bl is not None:
         return causal_conv1d_reference(
             x_blc,
@@ -69,8 +72,10 @@ def causal_conv1d(
     history_blc, _ = _with_history(x_blc, w, initial_window_bvc, None)
     work = compute_dtype(x_blc)
     bias = None if bias_c is None else bias_c.to(work)
-    y_bcl = F.conv1d(history_blc.to(work).mT, weight_cw.to(work)[:, None], bias, groups=c)
-    return F.silu(y_bcl.mT).to(x_blc.dtype), _final_window(history_blc, w, lengths_b, None)
+    image_bc1l = history_blc.to(work).mT[:, :, None]
+    y_bc1l = F.conv2d(image_bc1l, weight_cw.to(work)[:, None, None], bias, groups=c)
+    y_blc = F.silu(y_bc1l, inplace=True)[:, :, 0].mT.to(x_blc.dtype)
+    return y_blc, _final_window(history_blc, w, lengths_b, None)
 
 
 def causal_conv1d_step(

@@ -13,7 +13,7 @@ def swiglu_reference(gate: Tensor, up: Tensor, gate_multiplier: float = 1.0) -> 
     """
     assert gate.shape == up.shape, (gate.shape, up.shape)
     work = compute_dtype(gate)
-    return (F.silu(gate.to(work) * gate_multiplier) * up.to(work)).to(gate.dtype)
+    return F.silu(gate.to(work) * gate_multiplier).mul_(up).to(gate.dtype)
 
 
 class FalconH1MLP(nn.Module):

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from .precision import compute_dtype
 
+LONGEST_CHUNK = 64  # of `ssd_chunked`: exponentials grow with it, products shrink below it
+STEP_BYTES = 2**20  # of states `ssd_step` takes at a time: three operators pass over them
+
 
 def ssd_recurrent(
     x_blhp: Tensor,
@@ -79,17 +82,8 @@ def ssd_dual(
 
     chunk_size has no meaning here either.
     """
-    return ssd_chunked(
-        x_blhp,
-        dt_blh,
-        A_h,
-        B_blgn,
-        C_blgn,
-        D_h,
-        chunk_size=x_blhp.shape[1],
-        initial_state_bhpn=initial_state_bhpn,
-        seq_idx_bl=seq_idx_bl,
-    )
+    inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
+    return _scan_in_chunks(x_blhp.shape[1], *inputs)
 
 
 def ssd_chunked(
@@ -108,23 +102,35 @@ def ssd_chunked(
 
     Time is linear in l, extra memory one chunk's: C B^T is formed once per group, never per head,
     and B and C are not copied to the heads. chunk_size: positions per chunk (config key
-    mamba_chunk_size); the result depends on it by rounding only.
+    mamba_chunk_size), LONGEST_CHUNK at most; the result depends on it by rounding only.
     """
+    assert chunk_size > 0, chunk_size
+    inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
+    return _scan_in_chunks(min(chunk_size, LONGEST_CHUNK), *inputs)
+
+
+def _scan_in_chunks(
+    size: int, x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
+) -> tuple[Tensor, Tensor]:
+    """In-place operators touch fresh tensors only, of which autograd keeps nothing."""
     b, l, h, p, g, n = _check_shapes(
         x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
     )
-    assert chunk_size > 0, chunk_size
     work = compute_dtype(x_blhp)
     A_gr1 = A_h.to(work).view(g, h // g, 1)
+    D_gr1 = None if D_h is None else D_h.to(work).view(g, h // g, 1)
     state = _initial_state(initial_state_bhpn, x_blhp, (b, h, p, n))
-    state = rearrange(state, "b (g r) p n -> b g (r p) n", g=g)
+    state = state.clone(memory_format=torch.contiguous_format).view(b, g, -1, n)
+    chunks = zip(
+        rearrange(x_blhp, "b l (g r) p -> b g r l p", g=g).split(size, -2),
+        rearrange(dt_blh, "b l (g r) -> b g r l", g=g).split(size, -1),
+        rearrange(B_blgn, "b l g n -> b g l n").split(size, -2),
+        rearrange(C_blgn, "b l g n -> b g l n").split(size, -2),
+        strict=True,
+    )
     outputs = []
-    for start in range(0, l, chunk_size):
-        chunk = slice(start, start + chunk_size)
-        x = rearrange(x_blhp[:, chunk].to(work), "b q (g r) p -> b g r q p", g=g)
-        dt = rearrange(dt_blh[:, chunk].to(work), "b q (g r) -> b g r q", g=g)
-        B = rearrange(B_blgn[:, chunk].to(work), "b s g n -> b g s n")
-        C = rearrange(C_blgn[:, chunk].to(work), "b q g n -> b g q n")
+    for index, (x_bgrsp, dt_bgrs, B_bgsn, C_bgqn) in enumerate(chunks):
+        x, dt, B, C = x_bgrsp.to(work), dt_bgrs.to(work), B_bgsn.to(work), C_bgqn.to(work)
 
         # 1. Cumulative log-decay: exp(sum_q - sum_s) carries position s to position q.
         sum_bgrq = (dt.double() * A_gr1).cumsum(-1)
@@ -132,29 +138,33 @@ def ssd_chunked(
         to_end = (sum_bgrq[..., -1:] - sum_bgrq).to(work).exp()
         CB_bgqs = (C @ B.mT).tril()
         if seq_idx_bl is not None:
-            idx = seq_idx_bl[:, chunk]
+            start = index * size
+            idx = seq_idx_bl[:, start : start + size]
             before = seq_idx_bl[:, max(start - 1, 0), None]
             CB_bgqs = CB_bgqs * (idx[:, :, None] == idx[:, None, :])[:, None]
             from_start = from_start * (idx == before)[:, None, None]
             to_end = to_end * (idx == idx[:, -1:])[:, None, None]
 
-        # 2. Inside the chunk. The clamp touches the masked upper triangle only: no inf * 0 there.
-        decay_bgrqs = (sum_bgrq[..., :, None] - sum_bgrq[..., None, :]).to(work).clamp(max=0).exp()
-        xdt = x * dt[..., None]
-        y = (CB_bgqs[:, :, None] * decay_bgrqs) @ xdt
+        # 2. Inside the chunk: how much of x_s stands in y_q, D on the diagonal. The clamp touches
+        # the masked upper triangle only: no inf * 0 there.
+        share_bgrqs = (sum_bgrq[..., :, None] - sum_bgrq[..., None, :]).to(work).clamp_(max=0)
+        share_bgrqs = (share_bgrqs.exp_() * CB_bgqs[:, :, None]).mul_(dt[..., None, :])
+        if D_gr1 is not None:
+            share_bgrqs.diagonal(dim1=-2, dim2=-1).add_(D_gr1)
+        y = share_bgrqs @ x
 
         # 3. What the state brings in: all heads of a group are columns of one matrix product.
-        carried = rearrange(C @ state.mT, "b g q (r p) -> b g r q p", p=p)
-        y = y + carried * from_start[..., None]
+        carried_bgqrp = (C @ state.mT).unflatten(-1, (-1, p))
+        y.addcmul_(carried_bgqrp.transpose(2, 3), from_start[..., None])
 
-        # 4. The state at the chunk's end.
-        update = rearrange(xdt * to_end[..., None], "b g r q p -> b g (r p) q") @ B
-        state = state * from_start[..., -1].repeat_interleave(p, dim=-1)[..., None] + update
-        if D_h is not None:
-            y = y + D_h.to(work).view(g, h // g, 1, 1) * x
-        outputs.append(rearrange(y, "b g r q p -> b q (g r) p").to(x_blhp.dtype))
+        # 4. The state at the chunk's end, in its own memory unless gradients will need the old one.
+        scale = state.mul if torch.is_grad_enabled() else state.mul_
+        state = scale(from_start[..., -1].repeat_interleave(p, dim=-1)[..., None])
+        update_bgkq = (x * (dt * to_end)[..., None]).mT.flatten(2, 3)
+        state.flatten(0, 1).baddbmm_(update_bgkq.flatten(0, 1), B.flatten(0, 1))
+        outputs.append(y.flatten(1, 2).transpose(1, 2).to(x_blhp.dtype))
     y_blhp = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
-    return y_blhp, rearrange(state, "b g (r p) n -> b (g r) p n", p=p)
+    return y_blhp, state.view(b, h, p, n)
 
 
 def ssd_step(
@@ -176,15 +186,21 @@ def ssd_step(
     assert x_bhp.shape == (b, h, p) and dt_bh.shape == (b, h), (x_bhp.shape, dt_bh.shape)
     assert B_bgn.shape == C_bgn.shape == (b, g, n) and h % g == 0, (B_bgn.shape, C_bgn.shape)
     work = compute_dtype(x_bhp)
+    rows = max(1, STEP_BYTES // (h * p * n * work.itemsize))
+    if b > rows:
+        parts = (t.split(rows) for t in (state_bhpn, x_bhp, dt_bh, B_bgn, C_bgn))
+        return torch.cat([ssd_step(s, x, dt, A_h, B, C, D_h) for s, x, dt, B, C in zip(*parts)])
+
     x, dt = x_bhp.to(work), dt_bh.to(work)
     B, C = B_bgn.to(work), C_bgn.to(work)
-    xdt = (x * dt[..., None]).reshape(b, g, -1, 1)
-    state = state_bhpn.to(work) * torch.exp(dt * A_h.to(work))[..., None, None]
-    state = state.reshape(b, g, -1, n).addcmul_(xdt, B[:, :, None])
-    y = (state @ C[..., None]).view(b, h, p)
-    state_bhpn.copy_(state.detach().view(b, h, p, n))
+    xdt = (x * dt[..., None]).view(b, g, h // g, p, 1)
+    state = state_bhpn.to(work, copy=torch.is_grad_enabled())  # no graph may grow in the cache
+    state.mul_(torch.exp(dt * A_h.to(work))[..., None, None])
+    state.view(b, g, h // g, p, n).addcmul_(xdt, B[:, :, None, None])
+    y = (state.reshape(b, g, -1, n) @ C[..., None]).view(b, h, p)
+    state_bhpn.copy_(state.detach())
     if D_h is not None:
-        y = y + D_h.to(work)[:, None] * x
+        y.addcmul_(D_h.to(work)[:, None], x)
     return y.to(x_bhp.dtype)
 
 
