@@ -176,6 +176,19 @@ DECAYS = {
 }
 
 
+def test_the_walk_by_the_number_of_programs():
+    """One sequence of H1R-7B, five, six; a single head; float32, which has one walk."""
+    for dtype, sizes, names in (
+        (BF16, (1, 24, 128, 256), ["walk_p64n64"]),
+        (BF16, (5, 24, 128, 256), ["walk_p64n64"]),
+        (BF16, (6, 24, 128, 256), ["walk_p128n128"]),
+        (BF16, (1, 1, 128, 256), ["p128n128", "block1024"]),
+        (FP32, (6, 24, 128, 256), ["walk_p32n32"]),
+    ):
+        assert [config.name for config in pick_each(dtype, "", sizes)[2]] == names
+    assert pick_each(BF16, "walk_p64n64", (6, 24, 128, 256))[2][0].name == "walk_p64n64"
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("decay", DECAYS)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from checks import DTYPES, assert_no_worse, assert_same, normal, strided
 from falcon_h1r_kernels.ssd_step import ssd_step
-from falcon_h1r_kernels.ssd_step_norm import CONFIGS, _ssd_step_norm_op, ssd_step_norm
+from falcon_h1r_kernels.ssd_step_norm import CONFIGS, _default, _ssd_step_norm_op, ssd_step_norm
 from layouts import far_apart, inside_projection
 
 from falcon_h1r.ops import REFERENCE, TORCH
@@ -247,3 +247,9 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=words):
             ssd_step_norm(**good | {"eps": EPS} | changed)
+
+
+def test_the_default_leaves_each_program_a_processor_where_it_can():
+    assert [_default(programs) for programs in (1, 132, 133, 512)] == 2 * ["warps16"] + 2 * [
+        "warps8"
+    ]
