@@ -302,6 +302,6 @@ def test_bytes_moved_at_full_size():
     inputs = as_in_h1r(4096, 24)
     staged, kernels = moved_bytes(inputs, form="staged", config=FIVE_KERNELS)
     assert len(kernels) == 5
-    fused, kernels = moved_bytes(inputs)
+    fused, kernels = moved_bytes(inputs, form="fused")
     assert len(kernels) == 4
     assert fused <= 0.6 * staged
