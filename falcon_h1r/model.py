@@ -125,6 +125,8 @@ class FalconH1ForCausalLM(nn.Module):
         model, and a full cache.
         """
         captured = span is not None
+        if captured and (attention_mask is not None or seq_idx is not None):
+            raise ValueError("span: takes neither an attention_mask nor seq_idx")
         if not captured:
             self._check_inputs(input_ids, attention_mask, cache, logits_to_keep, seq_idx)
         l = input_ids.shape[1]

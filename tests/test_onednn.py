@@ -10,8 +10,12 @@ from falcon_h1r import Cache, onednn
 from falcon_h1r.onednn import OneDNNLinear, unusable, use_onednn
 from falcon_h1r.ops import REFERENCE
 
-if reason := unusable(make_model(make_config("h1r_like"), dtype=torch.bfloat16)):
-    pytest.skip(reason, allow_module_level=True)
+DTYPES = [
+    pytest.param(dtype, marks=pytest.mark.skipif(bool(reason), reason=reason))
+    for dtype in (torch.float32, torch.bfloat16)
+    for reason in [unusable(make_model(make_config("h1r_like"), dtype=dtype))]
+]
+needs_float32, needs_bfloat16 = (parameter.marks[0] for parameter in DTYPES)
 
 
 def logits(model, ids):
@@ -22,6 +26,7 @@ def logits(model, ids):
     return torch.cat(parts, dim=1)
 
 
+@needs_float32
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
@@ -34,6 +39,7 @@ def test_float32_is_as_near_the_truth_as_torch(variant, rows):
     assert rms_error(found, exact) <= 2 * rms_error(expected, exact)
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_bfloat16_is_no_worse_than_transformers(variant):
@@ -44,7 +50,7 @@ def test_bfloat16_is_no_worse_than_transformers(variant):
     assert rms_error(use_onednn(model)(ids), exact) <= rms_error(witness, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
 def test_a_layer(bias, dtype):
@@ -63,18 +69,19 @@ def test_a_layer(bias, dtype):
                 assert rms_error(y, expected) <= max(2 * rms_error(plain(x), expected), floor)
 
 
-def test_every_linear_layer_is_replaced():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_linear_layer_is_replaced(dtype):
     for variant in ("tied", "all_biases"):
-        for dtype in (torch.float32, torch.bfloat16):
-            model = use_onednn(make_model(make_config(variant), dtype=dtype))
-            kinds = {type(module) for module in model.modules()}
-            assert OneDNNLinear in kinds and torch.nn.Linear not in kinds
-            assert model.dtype == dtype
-            head = getattr(model, "lm_head", None)
-            packed = variant == "tied" and dtype == torch.bfloat16
-            assert isinstance(head, OneDNNLinear) == (packed or variant != "tied")
+        model = use_onednn(make_model(make_config(variant), dtype=dtype))
+        kinds = {type(module) for module in model.modules()}
+        assert OneDNNLinear in kinds and torch.nn.Linear not in kinds
+        assert model.dtype == dtype
+        head = getattr(model, "lm_head", None)
+        packed = variant == "tied" and dtype == torch.bfloat16
+        assert isinstance(head, OneDNNLinear) == (packed or variant != "tied")
 
 
+@needs_bfloat16
 def test_packed_weights_are_not_saved(tmp_path):
     model = use_onednn(make_model(make_config("h1r_like"), dtype=torch.bfloat16))
     for call in (

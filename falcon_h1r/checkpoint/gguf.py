@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .fold import fold_factors
 from .hub import resolve
 from .loader import EMBEDDING, HEAD
 
@@ -135,35 +136,32 @@ def folded_entries(config: FalconH1Config) -> Iterator[Entry]:
     c = config
     table, d = (c.vocab_size, c.hidden_size), c.hidden_size
     head = EMBEDDING if c.tie_word_embeddings else HEAD
-    yield Entry("token_embd.weight", EMBEDDING, table, c.embedding_multiplier)
+    factors = fold_factors(c)
+    yield Entry("token_embd.weight", EMBEDDING, table, factors[EMBEDDING])
     yield Entry("output_norm.weight", "model.final_layernorm.weight", (d,))
-    yield Entry("output.weight", head, table, c.lm_head_multiplier)
+    yield Entry("output.weight", head, table, factors[HEAD])
     block = [*_attention_entries(c), *_mixer_entries(c), *_mlp_entries(c)]
     for index in range(c.num_hidden_layers):
         for entry in block:
             source = entry.source and f"model.layers.{index}.{entry.source}"
-            yield entry._replace(name=f"blk.{index}.{entry.name}", source=source)
+            factor = factors.get(entry.source, 1.0)
+            name = f"blk.{index}.{entry.name}"
+            yield entry._replace(name=name, source=source, factor=factor)
 
 
 def _attention_entries(c: FalconH1Config) -> Iterator[Entry]:
     d, q = c.hidden_size, c.num_attention_heads * c.head_dim
     kv = c.num_key_value_heads * c.head_dim
-    into = c.attention_in_multiplier
     yield Entry("attn_norm.weight", "input_layernorm.weight", (d,))
-    yield Entry("attn_q.weight", "self_attn.q_proj.weight", (q, d), into)
-    yield Entry("attn_k.weight", "self_attn.k_proj.weight", (kv, d), into * c.key_multiplier)
-    yield Entry("attn_v.weight", "self_attn.v_proj.weight", (kv, d), into)
-    out = c.attention_out_multiplier
-    yield Entry("attn_output.weight", "self_attn.o_proj.weight", (d, q), out)
+    yield Entry("attn_q.weight", "self_attn.q_proj.weight", (q, d))
+    yield Entry("attn_k.weight", "self_attn.k_proj.weight", (kv, d))
+    yield Entry("attn_v.weight", "self_attn.v_proj.weight", (kv, d))
+    yield Entry("attn_output.weight", "self_attn.o_proj.weight", (d, q))
 
 
 def _mixer_entries(c: FalconH1Config) -> Iterator[Entry]:
     d, inner, heads = c.hidden_size, c.d_ssm, c.mamba_n_heads
-    bc_width = c.mamba_n_groups * c.mamba_d_state
-    sizes = (inner, inner, bc_width, bc_width, heads)
-    rows = torch.tensor(c.ssm_multipliers, dtype=torch.float64) * c.ssm_in_multiplier
-    rows = rows.repeat_interleave(torch.tensor(sizes))[:, None]
-    yield Entry("ssm_in.weight", "mamba.in_proj.weight", (len(rows), d), rows)
+    yield Entry("ssm_in.weight", "mamba.in_proj.weight", (c.d_in_proj, d))
     yield Entry("ssm_conv1d.weight", "mamba.conv1d.weight", (c.conv_dim, c.mamba_d_conv))
     bias = "mamba.conv1d.bias" if c.mamba_conv_bias else None
     yield Entry("ssm_conv1d.bias", bias, (c.conv_dim,))
@@ -173,22 +171,17 @@ def _mixer_entries(c: FalconH1Config) -> Iterator[Entry]:
     if c.mamba_rms_norm:
         groups = (c.mamba_n_groups, inner // c.mamba_n_groups)
         yield Entry("ssm_norm.weight", "mamba.norm.weight", groups)
-    yield Entry("ssm_out.weight", "mamba.out_proj.weight", (d, inner), c.ssm_out_multiplier)
+    yield Entry("ssm_out.weight", "mamba.out_proj.weight", (d, inner))
 
 
 def _mlp_entries(c: FalconH1Config) -> Iterator[Entry]:
     d, i = c.hidden_size, c.intermediate_size
-    gate, down = c.mlp_multipliers
     yield Entry("ffn_norm", "pre_ff_layernorm.weight", (d,))  # this one without ".weight"
-    for name, shape, factor in (
-        ("gate", (i, d), gate),
-        ("up", (i, d), 1.0),
-        ("down", (d, i), down),
-    ):
+    for name, shape in (("gate", (i, d)), ("up", (i, d)), ("down", (d, i))):
         source = f"feed_forward.{name}_proj"
-        yield Entry(f"ffn_{name}.weight", f"{source}.weight", shape, factor)
+        yield Entry(f"ffn_{name}.weight", f"{source}.weight", shape)
         if c.mlp_bias:
-            yield Entry(f"ffn_{name}.bias", f"{source}.bias", shape[:1], factor)
+            yield Entry(f"ffn_{name}.bias", f"{source}.bias", shape[:1])
 
 
 def folded_value(entry: Entry, tensors: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""One token of the recurrence, with what is fused into it, against float64 beside TORCH."""
+"""One token of the recurrence, with what is fused into it, against float64 beside REFERENCE."""
 
 import math
 
@@ -34,7 +34,7 @@ def check(state, *rest, config="", **extra):
     """The state is updated in place; y and state are judged."""
     exact_state, torch_state = state.double(), state.clone()
     exact = REFERENCE.ssd_step(exact_state, *double(*rest))
-    torchs = TORCH.ssd_step(torch_state, *rest)
+    torchs = REFERENCE.ssd_step(torch_state, *rest)
     found = ssd_step(state, *rest, config=config, **extra)
     assert_no_worse(found, torchs, exact)
     assert_no_worse(state, torch_state, exact_state)
