@@ -7,6 +7,7 @@ Module and parameter names are the checkpoint's. `model` is a plain container of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -106,6 +107,7 @@ class FalconH1ForCausalLM(nn.Module):
         seq_idx: Tensor | None = None,
         *,
         span: Span | None = None,
+        call: Callable | None = None,
     ) -> Tensor:
         """Logits of the next token at every position, and `cache` advanced in place.
 
@@ -120,6 +122,7 @@ class FalconH1ForCausalLM(nn.Module):
         each as if alone; not together with a cache or with padding.
         span: where the tokens stand, made by `Span.step`, for a forward that is captured: nothing
         is checked or read back, and the lengths of the cache stay with the caller.
+        call: call(module, *arguments) runs in place of each block and of the head: a compiled form.
         Returns (b, l or k, vocab) logits in float32 (float64 in a float64 model).
         Raises ValueError for ids outside the vocabulary, shapes that do not fit, a cache of another
         model, and a full cache.
@@ -141,13 +144,14 @@ class FalconH1ForCausalLM(nn.Module):
             )
         x_bld = scaled(self.model["embed_tokens"](input_ids), self.config.embedding_multiplier)
         for index, block in enumerate(self.model["layers"]):
-            x_bld = block(x_bld, span, None if cache is None else cache.layer(index))
+            layer = None if cache is None else cache.layer(index)
+            x_bld = block(x_bld, span, layer) if call is None else call(block, x_bld, span, layer)
         if cache is not None and not captured:
             cache.lengths += input_ids.shape[1] if lengths is None else lengths
         x_bld = _rows_to_return(x_bld, l, lengths, shift, logits_to_keep)
         x_bld = self.model["final_layernorm"](x_bld)
         if hasattr(self, "lm_head"):
-            logits = self.lm_head(x_bld)
+            logits = self.lm_head(x_bld) if call is None else call(self.lm_head, x_bld)
         else:  # tied
             logits = F.linear(x_bld, self.model["embed_tokens"].weight)
         return scaled(logits.to(work), self.config.lm_head_multiplier)

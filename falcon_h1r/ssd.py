@@ -187,7 +187,7 @@ def ssd_step(
     assert B_bgn.shape == C_bgn.shape == (b, g, n) and h % g == 0, (B_bgn.shape, C_bgn.shape)
     work = compute_dtype(x_bhp)
     rows = max(1, STEP_BYTES // (h * p * n * work.itemsize))
-    if b > rows:
+    if b > rows and not torch.compiler.is_compiling():  # compiled, it is one pass
         parts = (t.split(rows) for t in (state_bhpn, x_bhp, dt_bh, B_bgn, C_bgn))
         return torch.cat([ssd_step(s, x, dt, A_h, B, C, D_h) for s, x, dt, B, C in zip(*parts)])
 

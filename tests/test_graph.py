@@ -87,7 +87,7 @@ def test_generate_by_steps_gives_the_same_tokens(no_gpu, monkeypatch):
     ]
     expected = generate(model, prompts, params, graph=False).sequences
     run = stream(model, prompts, params)
-    run._graph = True  # as on a GPU
+    run._step_form = DecodeStep  # as on a GPU
     for _ in run:
         pass
     assert [s.tolist() for s in run.result().sequences] == [s.tolist() for s in expected]
@@ -101,12 +101,6 @@ def test_a_span_takes_no_mask():
     for extra in ({"attention_mask": torch.ones_like(ids)}, {"seq_idx": ids}):
         with pytest.raises(ValueError, match="span: takes neither an attention_mask nor seq_idx"):
             model(ids, cache=cache, span=span, **extra)
-
-
-def test_a_graph_on_a_cpu_is_refused():
-    model = make_model(make_config("h1r_like"))
-    with pytest.raises(ValueError, match="graph: a CUDA graph needs a GPU, the model is on cpu"):
-        generate(model, random_ids(model.config, 1, 3), graph=True)
 
 
 @needs_gpu

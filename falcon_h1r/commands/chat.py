@@ -32,7 +32,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("chat: this checkpoint has no chat template")
     model = common.load_model(args)
     chat = Conversation(
-        model, request.tokenizer, request.params, request.max_new_given, args.system
+        model,
+        request.tokenizer,
+        request.params,
+        request.max_new_given,
+        args.system,
+        graph=common.compile_step(args, model, 1),
     )
     typed = sys.stdin.isatty()
     if typed:
@@ -115,8 +120,10 @@ class Conversation:
     one whose tokens it begins with, or from nothing.
     """
 
-    def __init__(self, model, tokenizer, params, max_new_given: bool, system: str | None):
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(
+        self, model, tokenizer, params, max_new_given: bool, system: str | None, graph=None
+    ):
+        self._model, self._tokenizer, self._graph = model, tokenizer, graph
         self._params, self._max_new_given = params, max_new_given
         self.system = system
         self.reset()
@@ -153,7 +160,9 @@ class Conversation:
         comparable = max((len(held) for held, _ in self._kept), default=0)
         self._read(ids[reused:-1], cache)
         self._kept = [(ids[:-1], cache.snapshot())]
-        run = stream(self._model, [ids], params, tokenizer=self._tokenizer, cache=cache)
+        run = stream(
+            self._model, [ids], params, tokenizer=self._tokenizer, cache=cache, graph=self._graph
+        )
         self._messages = messages
         self._turns += 1
         opened = common.opens_thinking(rendered)

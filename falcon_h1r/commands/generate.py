@@ -83,7 +83,14 @@ def _read_prompt(argument: str | None) -> str:
 def _generate(args, model, tokenizer, rendered: str, ids: list[int], params) -> int:
     from ..generation import stream
 
-    run = stream(model, [ids], params, tokenizer=tokenizer, prefill_chunk=common.PREFILL_CHUNK)
+    run = stream(
+        model,
+        [ids],
+        params,
+        tokenizer=tokenizer,
+        prefill_chunk=common.PREFILL_CHUNK,
+        graph=common.compile_step(args, model, params.n),
+    )
     # Several samples grow side by side: they are shown one after the other when all are done.
     display = None
     if not args.json and params.n == 1:

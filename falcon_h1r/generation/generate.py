@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache
+from .compiled import CompiledStep
 from .graph import DecodeStep
 from .output import GenerateOutput, Step, collect
 from .params import SamplingParams, derive_seeds, per_prompt
@@ -74,8 +75,10 @@ def stream(
         rest is computed. It is advanced in place over the prompt, and with n = 1 over the new
         tokens too, all but the last, as long as no row leaves the batch; meant for going on with
         one conversation.
-    graph: capture the decode step as a CUDA graph and replay it (`graph.DecodeStep`); None: on a
-        GPU. False is for models with operators or hooks that read values back to the CPU.
+    graph: run a decode step as one graph: captured on a GPU (`graph.DecodeStep`), through
+        torch.compile on a CPU (`compiled.CompiledStep`, with a model of `use_onednn(model,
+        stream=True)`); None: on a GPU. False is for models with operators or hooks that read
+        values back to the CPU.
 
     Raises ValueError for a request that cannot be served: see `read_prompts`, `SamplingParams`, and
     prompt + max_new_tokens beyond `max_position_embeddings`.
@@ -96,9 +99,9 @@ class Stream:
     ):
         self._model, self._tokenizer, self._cache = model, tokenizer, cache
         on_gpu = model.device.type == "cuda"
-        if graph and not on_gpu:
-            raise ValueError(f"graph: a CUDA graph needs a GPU, the model is on {model.device}")
-        self._graph = on_gpu if graph is None else graph
+        self._step_form = None  # the class of a decode step as one graph
+        if graph or (graph is None and on_gpu):
+            self._step_form = DecodeStep if on_gpu else CompiledStep
         self._prompts = read_prompts(input_ids, attention_mask, model.config.vocab_size)
         by_prompt = per_prompt(params, len(self._prompts))
         if prefill_chunk is not None and (not isinstance(prefill_chunk, int) or prefill_chunk < 1):
@@ -186,7 +189,8 @@ class Stream:
         sampler = Sampler(self.params, self.seeds, prompts, vocab, logits_rv.device)
         slots = torch.arange(len(self.seeds))  # which sequence sits in each row of the batch
         running = torch.ones(len(self.seeds), dtype=torch.bool)  # by sequence
-        decode = DecodeStep(model, cache) if self._graph else None
+        form = self._step_form
+        decode = None if form is None else form(model, cache)
         for position in range(longest):
             tokens_r, choice = sampler.choose(logits_rv, position, self._forced(slots, running))
             step = self._settle(position, choice, slots, running)
@@ -197,12 +201,13 @@ class Stream:
             if len(kept) == 0:
                 return
             # Finished rows are computed along until half of the batch is idle: every copy of the
-            # cache costs about as much as a step.
-            if 2 * len(kept) <= len(slots):
+            # cache costs about as much as a step. A compiled step keeps its batch size: another
+            # would be compiled anew.
+            if 2 * len(kept) <= len(slots) and form is not CompiledStep:
                 cache = cache.select(kept)
                 sampler.select(kept)
                 slots, tokens_r = slots[kept], tokens_r[kept.to(tokens_r.device)]
-                decode = DecodeStep(model, cache) if self._graph else None
+                decode = None if form is None else form(model, cache)
             if decode is None:
                 logits_rv = model(tokens_r[:, None], cache=cache, logits_to_keep=1)[:, -1]
             else:

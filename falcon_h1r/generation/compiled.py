@@ -1,0 +1,89 @@
+"""Decode steps on a CPU through torch.compile: one graph for all layers.
+
+A step of a small model is some two hundred operators a layer, each a few microseconds of Python
+and dispatch for less work than that. Compiled, a block is attention and four or five loops. What
+varies from layer to layer - weights and cache - is an input of the graph, so that it is compiled
+once; the number of tokens read so far is a symbol in it, so that nothing is compiled again as
+sequences grow.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cache import Cache, Span
+
+# What is compiled is shared by all models of one shape: kept here as torch.compile keeps it, by
+# function, up to this many variants (batch sizes, level or ragged rows, dtypes, configs).
+VARIANTS = 64
+
+
+def _block_step(block, x_bld: Tensor, span: Span, layer, reach: Tensor) -> Tensor:
+    # As a number `total` would be a constant of the graph, as a length it is a symbol.
+    return block(x_bld, span._replace(total=len(reach)), layer)
+
+
+def _head_step(head, x_bld: Tensor) -> Tensor:
+    return head(x_bld)
+
+
+class CompiledStep:
+    """`model(tokens[:, None], cache=cache)` for one token after another, logits (b, vocab).
+
+    The first call compiles, a few seconds, or less where an earlier process on this machine has
+    compiled the same shape; another batch size, dtype or config compiles again, a longer sequence
+    or another cache does not. Linear layers of `use_onednn(model, stream=True)` become part of the
+    compiled loops; others are called as they are. Other forwards may use the cache in between.
+    Raises ValueError where torch finds no C++ compiler, or the model is not on a CPU.
+    """
+
+    def __init__(self, model, cache: Cache):
+        if model.device.type != "cpu":
+            raise ValueError(f"CompiledStep: serves a CPU, the model is on {model.device}")
+        require_compiler()
+        self._model, self._cache = model, cache
+        self._reach = torch.empty(cache.max_length, dtype=torch.bool)  # only its length counts
+        self._layers = [cache.layer(index) for index in range(model.config.num_hidden_layers)]
+        for layer in self._layers:
+            for tensor in (layer.keys_bjse, layer.values_bjse):
+                torch._dynamo.mark_dynamic(tensor, 2)
+        self._block = torch.compile(_block_step, fullgraph=True, dynamic=False)
+        self._head = torch.compile(_head_step, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def __call__(self, tokens_b: Tensor) -> Tensor:
+        """tokens_b: (b,) integers. Raises ValueError when a row is full."""
+        model, cache = self._model, self._cache
+        work = torch.promote_types(model.dtype, torch.float32)
+        shape = (cache.batch_size, 1)
+        span = Span.plan(model.config, cache, shape, None, None, model.device, work)
+        reach = self._reach[: span.total]
+        torch._dynamo.mark_dynamic(reach, 0)
+        layers = iter(self._layers)
+
+        def call(module, x_bld, span=None, _=None):
+            if span is None:
+                return self._head(module, x_bld)
+            return self._block(module, x_bld, span._replace(total=0), next(layers), reach)
+
+        # The first and the last token of a cache are not compiled: torch.compile takes a length of
+        # 1, and all keys where else it has a part of them, for cases of their own.
+        call = call if 1 < span.total < cache.max_length else None
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            logits = model(tokens_b[:, None], None, cache, 1, span=span, call=call)
+        cache.lengths += 1
+        return logits[:, -1]
+
+
+def require_compiler() -> None:
+    """Raise ValueError where torch.compile cannot make code for this machine's CPU."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise ValueError(
+            "compiling needs a C++ compiler, and torch.compile finds none: install g++, or name "
+            "one in $CXX"
+        ) from error

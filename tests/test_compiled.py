@@ -1,0 +1,184 @@
+"""The compiled decode step: the model's own steps, one graph for all layers and lengths.
+
+Truth is the float64 forward. Expected errors are those of the same model, not compiled.
+"""
+
+import pytest
+import torch
+from models import VARIANTS, make_config, make_model, random_ids, rms_error, same_weights
+
+from falcon_h1r import SamplingParams, generate
+from falcon_h1r.generation import compiled
+from falcon_h1r.generation.compiled import CompiledStep
+from falcon_h1r.onednn import streamed_linear, unusable, use_onednn
+from falcon_h1r.ops import REFERENCE
+
+STEPS = 5
+LENGTHS = {1: (6,), 2: (6, 6), 3: (7, 4, 1), 9: (3,) * 9}  # by rows: level, ragged, many
+try:
+    compiled.require_compiler()
+    no_compiler = ""
+except ValueError as error:
+    no_compiler = str(error)
+pytestmark = pytest.mark.skipif(bool(no_compiler), reason=no_compiler)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def skip_without_onednn(model):
+    if reason := unusable(model):
+        pytest.skip(reason)
+
+
+def filled(model, lengths):
+    """A cache behind prompts of these lengths, with room for the steps."""
+    ids = random_ids(model.config, len(lengths), max(lengths))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    cache = model.new_cache(len(lengths), max(lengths) + STEPS + 1)
+    model(ids, attention_mask=mask, cache=cache, logits_to_keep=1)
+    return cache
+
+
+def steps(model, lengths, form=None):
+    """Logits of STEPS tokens for each row, and the cache; form: a class of steps."""
+    cache = filled(model, lengths)
+    step = None if form is None else form(model, cache)
+    out = []
+    for i in range(STEPS):
+        tokens = random_ids(model.config, len(lengths), seed=i)
+        if step is None:
+            out.append(model(tokens[:, None], cache=cache)[:, -1])
+        else:
+            out.append(step(tokens))
+    return torch.stack(out), cache
+
+
+def check(variant, dtype, rows):
+    model = make_model(make_config(variant), dtype=dtype)
+    skip_without_onednn(model)
+    exact = same_weights(model, ops=REFERENCE, dtype=torch.float64)
+    truth, true_cache = steps(exact, LENGTHS[rows])
+    plain, plain_cache = steps(model, LENGTHS[rows])
+    found, cache = steps(use_onednn(same_weights(model), stream=True), LENGTHS[rows], CompiledStep)
+    assert found.dtype == torch.float32 and graphs() == 2
+    assert rms_error(found, truth) <= 2 * rms_error(plain, truth)
+    assert cache.lengths.tolist() == true_cache.lengths.tolist()
+    for name in ("keys", "values", "windows", "states"):
+        true, there = (getattr(one, name) for one in (true_cache, plain_cache))
+        assert rms_error(getattr(cache, name), true) <= 2 * rms_error(there, true), name
+
+
+@pytest.mark.parametrize(
+    "variant, dtype, rows",
+    [
+        ("h1r_like", torch.float32, 1),
+        ("two_groups", torch.float32, 3),
+        ("all_biases", torch.bfloat16, 3),
+    ],
+)
+@torch.no_grad()
+def test_steps_are_as_near_the_truth_as_uncompiled_ones(variant, dtype, rows):
+    """One row streams its weights, three read them packed in bfloat16."""
+    check(variant, dtype, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_steps_of_every_variant(variant, dtype, rows):
+    if rows == 9 and variant not in ("h1r_like", "all_biases"):
+        pytest.skip("nine rows differ from three by the linear layers alone")
+    check(variant, dtype, rows)
+
+
+@torch.no_grad()
+def test_float64_without_onednn():
+    """Linear layers that are not prepared stay calls; in float64 only the order of sums differs."""
+    model = make_model(make_config("two_groups"), dtype=torch.float64)
+    expected, plain = steps(model, LENGTHS[3])
+    found, cache = steps(model, LENGTHS[3], CompiledStep)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(cache.states, plain.states, rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_one_graph_for_all_layers_lengths_and_caches():
+    """From the first token of all until a cache is full, then the same in a larger one."""
+    model = make_model(make_config("no_gated_norm"))
+    skip_without_onednn(model)
+    fast = use_onednn(same_weights(model), stream=True)
+    for size in (9, 30):
+        caches = model.new_cache(1, size), fast.new_cache(1, size)
+        step = CompiledStep(fast, caches[1])
+        for i in range(size):
+            tokens = random_ids(model.config, 1, seed=i)
+            expected = model(tokens[:, None], cache=caches[0])[:, -1]
+            assert rms_error(step(tokens), expected) < 1e-5
+        assert graphs() == 2  # a block and the head
+        with pytest.raises(ValueError, match=f"cache full: row 0 holds {size} of {size}"):
+            step(tokens)
+        assert torch.equal(caches[1].lengths, caches[0].lengths)
+
+
+def test_generate_gives_the_same_tokens():
+    """Rows that end are computed along: no other batch size is compiled."""
+    model = make_model(make_config("tied"))
+    skip_without_onednn(model)
+    fast = use_onednn(same_weights(model), stream=True)
+    prompts = [random_ids(model.config, n, seed=n) for n in (9, 3, 5)]
+    params = [
+        SamplingParams(max_new_tokens=n, stop_token_ids=(), temperature=1.0, seed=7)
+        for n in (12, 4, 6)
+    ]
+    expected = generate(model, prompts, params).sequences
+    found = generate(fast, prompts, params, graph=True).sequences
+    assert [s.tolist() for s in found] == [s.tolist() for s in expected]
+    assert graphs() == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@torch.no_grad()
+def test_streamed_products(dtype, rows):
+    """Odd numbers of outputs, strided inputs, both ranks, a bias; one rounding at the end."""
+    weight, bias = torch.randn(33, 50).to(dtype), torch.randn(33).to(dtype)
+    x = torch.randn(rows, 1, 100).to(dtype)[..., ::2]
+    exact = x.double() @ weight.double().T + bias.double()
+    found = streamed_linear(x, weight, bias)
+    plain = torch.nn.functional.linear(x, weight, bias)
+    assert found.dtype == dtype and found.shape == (rows, 1, 33)
+    floor = torch.finfo(dtype).eps  # a few dozen sums may be lucky
+    assert rms_error(found, exact) <= max(2 * rms_error(plain, exact), floor)
+    assert torch.equal(streamed_linear(x[:, 0], weight, bias), found[:, 0])
+    assert rms_error(streamed_linear(x, weight), exact - bias.double()) <= 2 * floor
+
+
+def test_a_tied_model_still_saves(tmp_path):
+    """The head that streams the embedding's weights is no weight of its own."""
+    model = make_model(make_config("tied"))
+    skip_without_onednn(model)
+    fast = use_onednn(same_weights(model), stream=True)
+    assert set(fast.state_dict()) == set(model.state_dict())
+    fast.save_pretrained(tmp_path / "saved")
+    assert fast.lm_head.weight.data_ptr() == fast.model["embed_tokens"].weight.data_ptr()
+
+
+def test_refusals(monkeypatch):
+    model = make_model(make_config("h1r_like"))
+    cache = model.new_cache(1, 4)
+    with pytest.raises(ValueError, match="CompiledStep: serves a CPU, the model is on meta"):
+        CompiledStep(model.to("meta"), cache)
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/such/compiler"))
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+        CompiledStep(make_model(make_config("h1r_like")), cache)
