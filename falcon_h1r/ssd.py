@@ -154,8 +154,9 @@ def _scan_in_chunks(
         y = share_bgrqs @ x
 
         # 3. What the state brings in: all heads of a group are columns of one matrix product.
-        carried_bgqrp = (C @ state.mT).unflatten(-1, (-1, p))
-        y.addcmul_(carried_bgqrp.transpose(2, 3), from_start[..., None])
+        if index > 0 or initial_state_bhpn is not None:  # else it is zero
+            carried_bgqrp = (C @ state.mT).unflatten(-1, (-1, p))
+            y.addcmul_(carried_bgqrp.transpose(2, 3), from_start[..., None])
 
         # 4. The state at the chunk's end, in its own memory unless gradients will need the old one.
         scale = state.mul if torch.is_grad_enabled() else state.mul_

@@ -5,15 +5,16 @@ forward per token behind a given depth, and the choice of the likeliest token; t
 random keys, values and states of that depth, which cost what true ones cost, and is set back after
 each step so that the depth stays. Times are wall-clock, as a user waits.
 
-The gate: a prompt read whole by TORCH, against the same prompt read by each table as a prefill of
-all but one token and a step of one; logits of the last position. Two computations in one dtype
+The gate: a prompt read whole by TORCH, against the same prompt read by each contestant as a prefill
+of all but one token and a step of one; logits of the last position. Two computations in one dtype
 differ by both their errors, which grow as the root of the number of layers: allowed are
-SLACK x sqrt(layers) roundoffs.
+SLACK x sqrt(layers) roundoffs. Who takes part: `contestants.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,20 +23,18 @@ from .. import cost as sheet
 from .. import ops
 from ..cache import Cache
 from ..config import FalconH1Config
-from ..generation.graph import DecodeStep
 from ..model import FalconH1ForCausalLM
-from ..onednn import unusable, use_onednn
-from . import contest, gate, layer, peer_model, timing
+from . import contest, contestants, layer, machine, timing
+from .contestants import Contestant
 from .machine import Ceilings
 from .operators import CACHE_ROOM, OPERATORS, Cost, Size
 from .registry import Workload
 from .report import Report, summary
 from .weights import excite
 
-GRAPH = ", graph"  # steps captured as a CUDA graph
-ONEDNN = "torch, onednn"
-SLACK = 10.0  # factor on gate.SLACK: 0.26 in bfloat16 over 44 layers
 GATE_TOKENS = 48
+BURST_SECONDS = 0.1  # of steps in one sample on a CPU: after another contestant the first is slower
+MEMORY_SHARE = 0.9  # of what is free; activations take the rest
 
 
 def step_cost(config: FalconH1Config, workload: Workload, dtype: torch.dtype) -> Cost:
@@ -72,20 +71,6 @@ def memory_bytes(config: FalconH1Config, workloads: list[Workload], dtype: torch
     return sheet.weight_bytes(config, dtype) + max(caches)
 
 
-def tables(device: torch.device, dtype: torch.dtype) -> dict[str, ops.Ops | str]:
-    """The operator tables by name, or why one is not run."""
-    if device.type != "cuda":
-        triton: ops.Ops | str = "needs a GPU (its interpreter is no benchmark)"
-    elif dtype == torch.float64:
-        triton = "the kernels do not serve float64"
-    else:
-        try:
-            triton = ops.table("triton")
-        except ImportError as error:
-            triton = f"cannot be imported: {error}"
-    return {"reference": ops.REFERENCE, "torch": ops.TORCH, "triton": triton}
-
-
 def random_model(config: FalconH1Config, dtype, device, seed: int) -> FalconH1ForCausalLM:
     """A model of random weights under which the gate sees faults."""
     torch.manual_seed(seed)
@@ -93,29 +78,6 @@ def random_model(config: FalconH1Config, dtype, device, seed: int) -> FalconH1Fo
     ids = torch.arange(GATE_TOKENS, device=device)[None] % config.vocab_size
     excite(model, seed, lambda: model(ids, logits_to_keep=1))
     return model
-
-
-def check(model: FalconH1ForCausalLM, exact: torch.Tensor, ids: torch.Tensor) -> gate.Verdict:
-    """The gate for one table: prefill and step against `exact`, (b, vocab) of the whole prompt."""
-    cache = model.new_cache(*ids.shape)
-    model(ids[:, :-1], cache=cache, logits_to_keep=1)
-    return _verdict(model, model(ids[:, -1:], cache=cache)[:, -1], exact)
-
-
-def check_graph(model: FalconH1ForCausalLM, exact: torch.Tensor, ids: torch.Tensor) -> gate.Verdict:
-    """As `check`, with the last two tokens as steps of a graph: what is compiled, and a replay."""
-    cache = model.new_cache(*ids.shape)
-    model(ids[:, :-2], cache=cache, logits_to_keep=1)
-    step = DecodeStep(model, cache)
-    step(ids[:, -2])
-    return _verdict(model, step(ids[:, -1]), exact)
-
-
-def _verdict(model, found: torch.Tensor, exact: torch.Tensor, slack: float = 1) -> gate.Verdict:
-    layers = model.config.num_hidden_layers
-    roundoffs = slack * gate.SLACK[model.dtype] * SLACK * math.sqrt(layers)
-    allowed = roundoffs * gate.ROUNDOFF[model.dtype]
-    return gate.judge([found], gate.Truth((exact.double(),), ((allowed, allowed),)))
 
 
 def filled_cache(model: FalconH1ForCausalLM, workload: Workload, seed: int) -> Cache:
@@ -130,38 +92,6 @@ def filled_cache(model: FalconH1ForCausalLM, workload: Workload, seed: int) -> C
     return cache
 
 
-def make_step(model: FalconH1ForCausalLM, workload: Workload, ids: torch.Tensor, cache: Cache):
-    """The timed call: one forward behind `past` tokens, always from the same depth.
-
-    cache: from `filled_cache`; contestants share it, since it may take most of the memory.
-    """
-    held = {"ids": ids}
-
-    def prefill():
-        cache.lengths.fill_(workload.past)
-        model(ids, cache=cache, logits_to_keep=1)
-
-    def decode():
-        cache.lengths.fill_(workload.past)
-        held["ids"] = model(held["ids"], cache=cache, logits_to_keep=1)[:, -1:].argmax(-1)
-
-    return decode if workload.phase == "decode" else prefill
-
-
-def make_graph_step(
-    model: FalconH1ForCausalLM, workload: Workload, ids: torch.Tensor, cache: Cache
-):
-    """`make_step` of a decode workload with a captured graph, as `generate` runs it on a GPU."""
-    step, held = DecodeStep(model, cache), {"ids": ids[:, -1]}
-
-    def decode():
-        cache.lengths.fill_(workload.past)
-        step.past_b.fill_(workload.past)
-        held["ids"] = step(held["ids"]).argmax(-1)
-
-    return decode
-
-
 @torch.no_grad()
 def run(
     name: str,
@@ -172,87 +102,120 @@ def run(
     report: Report,
     seed: int = 0,
     peers: bool = False,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
 ) -> int:
-    """Measure `model` under every table into `report`; returns how many of ours were wrong.
+    """Measure `model` in every way it can be run into `report`; returns how many were wrong.
 
-    peers: also transformers' model of the same weights, which rounds more often and is allowed
-    twice as much.
+    peers: also transformers' model and llama.cpp with the same weights. only: names of those who
+    take part, none for all; skip: names of those who do not.
     """
     device, dtype, config = model.device, model.dtype, model.config
+    if device.type == "cpu":
+        budget = budget._replace(burst=BURST_SECONDS)
     clock = timing.WallClock(device)
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(b: int, l: int) -> torch.Tensor:
         return torch.randint(config.vocab_size, (b, l), device=device, generator=generator)
 
-    people, gates = {}, {}
     ids = draw(2, min(GATE_TOKENS, config.max_position_embeddings))
     exact = layer.under(model, ops.TORCH)(ids, logits_to_keep=1)[:, -1]
-    ways = {"": (check, make_step)}
-    if device.type == "cuda":
-        ways[GRAPH] = (check_graph, make_graph_step)
-
-    def admit(name: str, candidate, maker, judged_by) -> None:
-        """Put a contestant through the gate; a string is the reason why there is none."""
-        if isinstance(candidate, str):
-            gates[name] = {"status": "absent", "reason": candidate}
-            return
-        try:
-            checked = judged_by(candidate, exact, ids)._asdict()
-        except Exception as error:  # as in `contest.run`
-            gates[name] = {"status": "failed", "reason": contest.describe(error)}
-            return
-        passed, reason = checked.pop("passed"), checked.pop("reason")
-        gates[name] = {"status": "timed" if passed else "wrong", "reason": reason}
-        gates[name]["gate"] = {k: v for k, v in checked.items() if v < math.inf}
-        if passed:
-            people[name] = (candidate, maker)
-
-    for table, found in tables(device, dtype).items():
-        candidate = found if isinstance(found, str) else layer.under(model, found)
-        for way, (judged_by, maker) in ways.items():
-            if way != GRAPH or not (table == "reference" or isinstance(found, str)):
-                admit(table + way, candidate, maker, judged_by)
-    reason = unusable(model)
-    admit(ONEDNN, reason or use_onednn(layer.under(model, ops.TORCH)), make_step, check)
-    if peers:
-
-        def judged(peer, exact, ids):
-            return _verdict(model, peer_model.last_logits(peer, ids), exact, slack=2)
-
-        admit("transformers", peer_model.transformers_model(model), peer_model.make_step, judged)
+    people = contestants.gather(model, contestants.select(only, skip, peers))
+    gates = {one.name: _admit(one, exact, ids) for one in people.values()}
+    wrong = set()
     for w in workloads:
         cost = step_cost(config, w, dtype)
         shared = _describe(name, w, dtype, cost, ceilings)
         title = summary(f"generate {name} {w} {shared['dtype']}", cost, shared["bound"])
-        served = {n for n in gates if w.phase == "decode" or not n.endswith(GRAPH)}
-        parts = {name: dict(part) for name, part in gates.items() if name in served}
-        if w.length > gate.LOOP_TOKENS and "reference" in parts:
-            served.discard("reference")
-            parts["reference"] = {"status": "absent", "reason": "a Python loop over tokens"}
+        parts = {n: dict(part) for n, part in gates.items() if w.phase in people[n].phases}
+        kept = memory_bytes(config, [w], dtype) - sheet.weight_bytes(config, dtype)
+        for one, reason in _unserved(w, people, machine.free_bytes(device) * MEMORY_SHARE - kept):
+            if parts.get(one, {}).get("status") == "timed":
+                parts[one] = {"status": "absent", "reason": reason}
+        calls = {}
         try:
-            tokens = draw(w.batch, w.length)
-            cache = filled_cache(model, w, seed)
-            calls = {
-                name: maker(one, w, tokens, cache)
-                for name, (one, maker) in people.items()
-                if name in served
-            }
+            tokens, cache = draw(w.batch, w.length), filled_cache(model, w, seed)
+            for one, part in parts.items():
+                if part["status"] == "timed" and (
+                    call := _bind(people[one], part, w, tokens, cache)
+                ):
+                    calls[one] = call
             taken = timing.measure(calls, clock, budget)
+            for one, call in calls.items():
+                if settings := getattr(call, "settings", ""):
+                    parts[one]["settings"] = settings
         except Exception as error:
             if not contest.out_of_memory(error):
                 raise
             report.skipped(title, shared, "out of memory")
             continue
         finally:
-            calls = cache = None
-        for table, found in taken.items():
-            parts[table] |= contest.times(found)
-            contest.rates(parts[table], cost, dtype, ceilings)
-            parts[table]["tokens_per_second"] = w.batch * w.length / found.p50
+            for call in calls.values():
+                getattr(call, "close", int)()
+            calls = call = cache = None
+        for one, measured in taken.items():
+            parts[one] |= contest.times(measured)
+            contest.rates(parts[one], cost, dtype, ceilings)
+            parts[one]["tokens_per_second"] = w.batch * w.length / measured.p50
+            read = parts[one]["bytes_per_second"] / ceilings.bandwidths[-1].read
+            parts[one]["percent_of_read"] = 100 * read
+            if one not in contestants.PEERS:
+                parts[one]["speed_over"] = {
+                    peer: timing.ratio(taken[peer], measured)
+                    for peer in contestants.PEERS
+                    if peer in taken
+                }
         report.results(title, shared, parts)
-    ours = [part for name, part in gates.items() if name != "transformers"]
-    return sum(part["status"] in ("wrong", "failed") for part in ours)
+        wrong |= {
+            one
+            for one, part in (gates | parts).items()
+            if part["status"] in ("wrong", "failed") and one not in contestants.PEERS
+        }
+    return len(wrong)
+
+
+def _admit(one: Contestant, exact: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
+    """Put a contestant through the gate."""
+    if one.absent:
+        return {"status": "absent", "reason": one.absent}
+    try:
+        checked = one.judge(exact, ids)._asdict()
+    except Exception as error:  # as in `contest.run`
+        return {"status": "failed", "reason": contest.describe(error)}
+    passed, reason = checked.pop("passed"), checked.pop("reason")
+    kept = {key: value for key, value in checked.items() if value < math.inf}
+    return {"status": "timed" if passed else "wrong", "reason": reason, "gate": kept}
+
+
+def _bind(one: Contestant, part: dict[str, Any], *arguments):
+    """The contestant's call; None after an error, which is a result unless memory is short."""
+    try:
+        return one.bind(*arguments)
+    except Exception as error:
+        if contest.out_of_memory(error):
+            raise
+        part |= {"status": "failed", "reason": contest.describe(error)}
+        return None
+
+
+def _unserved(
+    workload: Workload, people: dict[str, Contestant], free: float
+) -> Iterator[tuple[str, str]]:
+    """Who does not take part in a workload, and why.
+
+    free: bytes beside the models and the shared cache, given in the contestants' order.
+    """
+    for name, one in people.items():
+        if one.absent:
+            continue
+        if reason := one.refuses(workload):
+            yield name, reason
+        elif (extra := one.extra(workload)) > max(free, 0):
+            left = f"{max(free, 0) / 1e9:.1f} GB are left beside the others"
+            yield name, f"takes {extra / 1e9:.1f} GB, {left}"
+        else:
+            free -= extra
 
 
 def _describe(name, w: Workload, dtype, cost: Cost, ceilings: Ceilings) -> dict[str, Any]:

@@ -9,6 +9,7 @@ even where the cache holds float32, so as a float32 peer it runs without.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import tempfile
@@ -18,8 +19,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..cache import Cache
 from ..checkpoint.gguf import save_gguf
 from ..model import FalconH1ForCausalLM
+from .llama_state import row_state
 from .peers import import_error
 
 ERROR = 4  # GGML_LOG_LEVEL_ERROR
@@ -53,6 +56,8 @@ class LlamaPeer:
     dtype: of the matrices, float32 or bfloat16. kv_dtype: of keys and values, float16 (its default)
     or float32. threads: None for torch's number. max_length: tokens per sequence; max_sequences:
     rows decoded at once. batch, micro_batch: tokens per call and per pass, n_batch and n_ubatch.
+    file: a GGUF file that `save_gguf` wrote of this model in this dtype; None: written, and removed
+    by `close()`.
     Raises `CheckpointError` for a model that GGUF cannot carry, RuntimeError with what llama.cpp
     logged where it refuses the file, the settings or, later, tokens beyond max_length.
     """
@@ -69,13 +74,18 @@ class LlamaPeer:
         max_sequences: int = 1,
         batch: int = 2048,
         micro_batch: int = 512,
+        file: str | None = None,
     ):
         self._lib, self._messages, _ = _library()
         lib, self.vocab_size = self._lib, model.config.vocab_size
+        self._kv_dtype, self._flash, self._rows = kv_dtype, flash_attention, max_sequences
+        self._held: list[ctypes.Array] = []
         with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())  # llama.cpp maps the file
-            path = os.path.join(folder, "model.gguf")
-            save_gguf(model, path, dtype=dtype)
+            path = file
+            if file is None:
+                folder = stack.enter_context(tempfile.TemporaryDirectory())  # the file is mapped
+                path = os.path.join(folder, "model.gguf")
+                save_gguf(model, path, dtype=dtype)
             settings = lib.llama_model_default_params()
             settings.n_gpu_layers = 0
             loaded = lib.llama_model_load_from_file(os.fsencode(path), settings)
@@ -113,6 +123,46 @@ class LlamaPeer:
     def step(self, tokens: Sequence[int], position: int) -> np.ndarray:
         """One token for each row; logits (batch, vocab)."""
         return np.stack(self._decode([(t, position, row, True) for row, t in enumerate(tokens)]))
+
+    def stand(self, cache: Cache, depth: int) -> None:
+        """Replace all rows by the first `depth` tokens of our cache's, and `hold` them.
+
+        Raises RuntimeError where this version lays its state out otherwise.
+        """
+        lib, context = self._lib, self._context
+        lib.llama_memory_clear(self._memory, True)
+        self._decode([(0, 0, 0, True)])
+        head = self._state(0, 0)
+        options = (self._kv_dtype, self._flash, self._rows)
+        alike = len(row_state(cache, 0, 1, *options, bytes(head[:8]))) == len(head)
+        self._need(alike, "keep its state in the layout of version 0.3.36")
+        lib.llama_memory_clear(self._memory, True)
+        for row in range(cache.batch_size):
+            state = row_state(cache, row, depth, *options, bytes(head[:8]))
+            raw = (ctypes.c_uint8 * len(state)).from_buffer(state)
+            taken = lib.llama_state_seq_set_data(context, raw, len(state), row)
+            self._need(taken == len(state), f"take a state of {depth} tokens")
+        self.hold(cache.batch_size)
+
+    def hold(self, batch: int) -> None:
+        """Remember the recurrent states of rows 0 .. batch - 1, for `set_back`."""
+        part = self._lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        self._held = [self._state(row, part) for row in range(batch)]
+
+    def set_back(self, depth: int) -> None:
+        """Return to the `depth` tokens at which `hold` was called."""
+        lib, part = self._lib, self._lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        for row, raw in enumerate(self._held):
+            taken = lib.llama_state_seq_set_data_ext(self._context, raw, len(raw), row, part)
+            done = taken and lib.llama_memory_seq_rm(self._memory, row, depth, -1)
+            self._need(done, f"go back to {depth} tokens")
+
+    def _state(self, row: int, flags: int) -> ctypes.Array:
+        size = self._lib.llama_state_seq_get_size_ext(self._context, row, flags)
+        raw = (ctypes.c_uint8 * size)()
+        taken = self._lib.llama_state_seq_get_data_ext(self._context, raw, size, row, flags)
+        self._need(taken == size, "give its state")
+        return raw
 
     def prefill(self, ids: Sequence[int]) -> float:
         """Seconds to read a prompt, its last logits included."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -23,6 +24,7 @@ PACKAGES = (
     "causal-conv1d",
     "flash-linear-attention",
     "flash-attn",
+    "llama-cpp-python",
     "numpy",
 )
 GPU_SIZES, GPU_MATRIX = (2**30,), 8192  # bytes of arrays, rows and columns of matrices
@@ -64,6 +66,14 @@ def state(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         out["gpu_state"] = _gpu_query(device, _GPU_STATE)
     return out
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that a program can still take; infinity where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    available = _proc("/proc/meminfo", "MemAvailable")
+    return math.inf if available is None else 1024.0 * int(available.split()[0])
 
 
 def busy(values: dict[str, Any]) -> str:

@@ -22,15 +22,24 @@ import torch
 FLUSH_SECONDS = 5e-4
 LEAD_SECONDS = 1e-2
 FLUSH_BYTES = 2**28
+SETTLE_SECONDS = 0.02
+MOST_CALLS = 8
 
 
 class Budget(NamedTuple):
-    """How long to measure: seconds per contestant, rounds at least and at most, warm-up calls."""
+    """How long to measure: seconds per contestant, rounds at least and at most, warm-up calls.
+
+    limit: seconds that all contestants together may take, which goes before `least`; where so many
+    rounds do not fit, the warm-up is the first of them. burst: a sample is as many calls as take
+    so many seconds (at most MOST_CALLS, at least one), and counts as their mean.
+    """
 
     seconds: float = 1.0
     least: int = 5
     most: int = 1000
     warmup_calls: int = 2
+    limit: float = math.inf
+    burst: float = 0.0
 
 
 FULL = Budget()
@@ -38,13 +47,17 @@ QUICK = Budget(seconds=0.1, least=3, most=100, warmup_calls=1)
 
 
 class Timing(NamedTuple):
-    """Seconds per call over `rounds` samples; host: median CPU time per call, None on a CPU."""
+    """Seconds per call over `rounds` samples; host: median CPU time per call, None on a CPU.
+
+    samples: in the order of the rounds, so that those of two contestants can be paired.
+    """
 
     p20: float
     p50: float
     p80: float
     rounds: int
     host: float | None = None
+    samples: tuple[float, ...] = ()
 
 
 class CpuClock:
@@ -104,19 +117,27 @@ class CudaClock:
 
 
 class WallClock:
-    """Wall-clock time until the device is done: what a user of whole steps waits for."""
+    """Wall-clock time until the device is done: what a user of whole steps waits for.
+
+    On a CPU it pauses before every sample: OpenMP's threads of the contestant before, of another
+    library perhaps, wait actively for a while and would hold a core.
+    """
 
     flushes = False
 
     def __init__(self, device: torch.device):
         self._wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
         self.description = "perf_counter around one step" + (
-            ", device synchronised before and after" if self._wait else ""
+            ", device synchronised before and after"
+            if self._wait
+            else f", {1000 * SETTLE_SECONDS:.0f} ms of rest before it"
         )
 
     def sample(self, call: Callable[[], Any]) -> tuple[float, float | None]:
         if self._wait:
             self._wait()
+        else:
+            time.sleep(SETTLE_SECONDS)
         start = time.perf_counter()
         call()
         if self._wait:
@@ -147,31 +168,62 @@ def measure(calls: dict[str, Callable[[], Any]], clock, budget: Budget = FULL) -
 
     The last warm-up sample of each decides the number of rounds: so many that all take
     `budget.seconds` per contestant, within the budget's bounds. A call that alone takes longer is
-    warmed up once.
+    warmed up once. A call with an attribute `prepare` has that called before every sample, outside
+    the time.
     """
     if not calls:
         return {}
-    estimate = 0.0
-    for call in calls.values():
+    bursts, first, estimate = {}, {}, 0.0
+    for name, call in calls.items():
         for _ in range(max(budget.warmup_calls, 1)):
-            last = clock.sample(call)[0]
-            if last > budget.seconds:
+            first[name] = _sample(call, 1, clock)
+            if (last := first[name][0]) > budget.seconds:
                 break
-        estimate += last
-    wanted = math.ceil(budget.seconds * len(calls) / max(estimate, 1e-9))
-    rounds = min(max(wanted, budget.least), budget.most)
+        bursts[name] = max(1, min(MOST_CALLS, int(budget.burst / max(last, 1e-9))))
+        estimate += bursts[name] * last
+    estimate = max(estimate, 1e-9)
+    rounds = min(max(math.ceil(budget.seconds * len(calls) / estimate), budget.least), budget.most)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     hosts: dict[str, list[float]] = {name: [] for name in calls}
+    if budget.limit < budget.least * estimate:
+        rounds = max(1, int(budget.limit / estimate)) - 1
+        for name, (seconds, host) in first.items():
+            samples[name].append(seconds)
+            hosts[name] += [] if host is None else [host]
+    elif budget.limit < rounds * estimate:
+        rounds = int(budget.limit / estimate)
     for _ in range(rounds):
         for name, call in calls.items():
-            seconds, host = clock.sample(call)
+            seconds, host = _sample(call, bursts[name], clock)
             samples[name].append(seconds)
             if host is not None:
                 hosts[name].append(host)
     return {name: summarise(taken, hosts[name]) for name, taken in samples.items()}
 
 
+def _sample(call: Callable[[], Any], times: int, clock) -> tuple[float, float | None]:
+    """One sample of `times` calls, per call."""
+    if (prepare := getattr(call, "prepare", None)) is not None:
+        prepare()
+    if times == 1:
+        return clock.sample(call)
+
+    def burst():
+        for _ in range(times):
+            call()
+
+    seconds, host = clock.sample(burst)
+    return seconds / times, None if host is None else host / times
+
+
 def summarise(samples: Sequence[float], hosts: Sequence[float] = ()) -> Timing:
     """The percentiles of samples in seconds."""
     points = (percentile(samples, share) for share in (0.2, 0.5, 0.8))
-    return Timing(*points, len(samples), percentile(hosts, 0.5) if hosts else None)
+    host = percentile(hosts, 0.5) if hosts else None
+    return Timing(*points, len(samples), host, tuple(samples))
+
+
+def ratio(taken: Timing, base: Timing) -> dict[str, float]:
+    """How many times as long as `base` it took: percentiles of the ratios round by round."""
+    pairs = [a / b for a, b in zip(taken.samples, base.samples, strict=True)]
+    return {f"p{round(100 * share)}": percentile(pairs, share) for share in (0.2, 0.5, 0.8)}

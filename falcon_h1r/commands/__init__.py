@@ -1,5 +1,5 @@
 """The commands, one file each: its part of the parser, and a function that runs it."""
 
-from . import bench, chat, generate, info
+from . import bench, chat, convert, generate, info
 
-COMMANDS = (generate.add_to, chat.add_to, info.add_to, bench.add_to)
+COMMANDS = (generate.add_to, chat.add_to, info.add_to, convert.add_to, bench.add_to)

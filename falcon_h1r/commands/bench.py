@@ -55,7 +55,18 @@ def add_to(commands) -> None:
     )
     generate.add_argument("--revision", help="branch, tag or commit of a hub repository")
     generate.add_argument(
-        "--peers", action="store_true", help="also transformers, with the same weights"
+        "--peers",
+        action="store_true",
+        help="also transformers and llama.cpp, with the same weights",
+    )
+    generate.add_argument(
+        "--only", nargs="+", metavar="NAME", default=[], help="these ways to run the model only"
+    )
+    generate.add_argument(
+        "--skip", nargs="+", metavar="NAME", default=[], help="all but these ways to run the model"
+    )
+    generate.add_argument(
+        "--limit", type=float, metavar="S", help="time per case, which goes before the rounds"
     )
     for kind in (ops, layer, generate):
         _add_common(kind)
@@ -101,7 +112,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..bench import machine, report, timing
+    from ..bench import contestants, machine, report, timing
     from ..bench.plot import has_matplotlib, require_matplotlib, roofline
 
     device = _device(args.device)
@@ -110,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
     if args.bench == "ops":
         _check_operators(args, device, workloads)
     if args.bench == "generate":
+        contestants.select(args.only, args.skip, args.peers)
         _check_memory(args, device, shapes, workloads)
     if args.plot is not None:
         require_matplotlib()
@@ -192,9 +204,8 @@ def _generate(args, shapes, workloads, dtypes, device, clock, ceilings, budget, 
                 model = load(folder, dtype=dtype, device=device, revision=args.revision)
             else:
                 model = generation_bench.random_model(config, dtype, device, args.seed)
-            wrong += generation_bench.run(
-                name, model, workloads, ceilings, budget, out, args.seed, args.peers
-            )
+            options = (args.seed, args.peers, args.only, args.skip)
+            wrong += generation_bench.run(name, model, workloads, ceilings, budget, out, *options)
             del model
     return wrong
 
@@ -324,11 +335,13 @@ def _budget(args: argparse.Namespace):
     from ..bench.timing import FULL, QUICK
 
     budget = QUICK if args.quick else FULL
-    if args.seconds is None:
-        return budget
-    if not 0 < args.seconds < float("inf"):
-        raise ValueError(f"--seconds is {args.seconds}, expected a number above 0")
-    return budget._replace(seconds=args.seconds)
+    for name in ("seconds", "limit"):
+        if (given := getattr(args, name, None)) is None:
+            continue
+        if not 0 < given < float("inf"):
+            raise ValueError(f"--{name} is {given}, expected a number above 0")
+        budget = budget._replace(**{name: given})
+    return budget
 
 
 def _command(args: argparse.Namespace) -> str:

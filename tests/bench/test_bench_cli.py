@@ -68,10 +68,24 @@ def test_generate(capsys, tmp_path, source):
     argv = SHAPES[2:] if source == "model" else SHAPES
     argv = [*argv, "--model", "h1r-pico"] if source == "model" else argv
     path = tmp_path / "out.jsonl"
-    status, out, _ = run(capsys, "bench", "generate", *argv, "--out", path, "--dtype", "float32")
+    argv = [*argv, "--dtype", "float32", "--skip", "torch, compiled"]
+    status, out, _ = run(capsys, "bench", "generate", *argv, "--out", path)
     assert status == 0 and "tokens/s" in out and "generate h1r-pico decode 2@9 float32" in out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["tokens_per_second"] > 0 for r in rows if r.get("status") == "timed"] == [True] * 6
+
+
+def test_generate_with_some_only(capsys, tmp_path):
+    path = tmp_path / "out.jsonl"
+    argv = [*SHAPES, "--out", path, "--limit", "9", "--peers", "--only", "torch", "transformers"]
+    status, out, _ = run(capsys, "bench", "generate", *argv)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    names = [r["implementation"] for r in rows if r["record"] == "result"]
+    assert status == 0 and names == ["torch", "transformers"] * 2 and "x transformers [" in out
+    _, out, _ = run(capsys, "bench", "generate", *argv, "--skip", "torch", "--json")
+    document = json.loads(out)
+    names = [r["implementation"] for r in document["records"] if r["record"] == "result"]
+    assert names == ["transformers"] * 2
 
 
 def test_a_wrong_implementation_of_ours_is_exit_status_1(capsys, tmp_path, monkeypatch):
@@ -112,6 +126,9 @@ def test_a_wrong_implementation_of_ours_is_exit_status_1(capsys, tmp_path, monke
         (["ops", "--plot", "x.doc"], "--plot is 'x.doc', expected a name that ends in"),
         (["generate", "--model", "h1r-pico", "--model-shape", "tiny-90m"], "not with --model"),
         (["generate", "--revision", "main"], "--revision: only with --model"),
+        (["generate", "--only", "torhc"], "no way to run a model is called 'torhc'"),
+        (["generate", "--only", "llama.cpp"], "nobody is left to measure"),
+        (["generate", "--limit", "0"], "--limit is 0.0, expected a number above 0"),
         (["generate", "--model-shape", "falcon-h1-34b", "--decode", "4096@262144"], "weights and"),
         (["ops", "--model-shape", "h1r-pico", "--resume", "1x4@4", "--op", "rope"], "no case"),
         (["layer", "--dtype", "int8"], "invalid choice: 'int8'"),
@@ -153,6 +170,7 @@ def test_defaults(monkeypatch):
     assert list(bench._shapes(parsed("ops", "--model-shape", "family"), cpu)) == list(FAMILY)
     assert bench._budget(parsed("ops", "--quick")).seconds < bench._budget(parsed("ops")).seconds
     assert bench._budget(parsed("ops", "--seconds", "3")).seconds == 3
+    assert bench._budget(parsed("generate", "--limit", "7")).limit == 7
 
 
 def test_the_script_is_the_command():

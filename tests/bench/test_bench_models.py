@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from falcon_h1r import FalconH1ForCausalLM, cost
 from falcon_h1r.bench import (
     contest,
+    contestants,
     generation_bench,
     layer,
     peer_layer,
@@ -101,11 +102,11 @@ def test_on_a_gpu_the_kernels_take_part():
         whole = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
         ids = torch.arange(10)[None]
         exact = whole(ids)[:, -1]
-        found = generation_bench.tables(gpu, torch.float32)
+        found = contestants.tables(gpu, torch.float32)
         assert list(found) == ["reference", "torch", "triton"]
         for table in found.values():
-            assert generation_bench.check(layer.under(whole, table), exact, ids).passed
-    assert "float64" in generation_bench.tables(gpu, torch.float64)["triton"]
+            assert contestants.check(layer.under(whole, table), exact, ids).passed
+    assert "float64" in contestants.tables(gpu, torch.float64)["triton"]
 
 
 def test_the_loop_is_not_timed_over_many_tokens():
@@ -229,6 +230,8 @@ def test_excited_weights_let_every_part_of_a_block_show():
 
 
 def run_generate(model, monkeypatch, workloads=WORKLOADS, **options):
+    if not options.get("only"):  # compiling takes seconds
+        options["skip"] = [*options.get("skip", ()), contestants.COMPILED]
     monkeypatch.setattr(timing, "WallClock", lambda device: FakeClock())
     with report.Report(None, lambda text: None) as out:
         wrong = generation_bench.run("t", model, workloads, CEILINGS, BUDGET, out, **options)
@@ -314,11 +317,11 @@ def test_prefill_costs_what_its_layers_and_head_cost():
 )
 def test_a_table_that_decodes_wrongly_is_not_timed(monkeypatch, field, wrong):
     tables = {"torch": TORCH, "triton": TORCH._replace(**{field: wrong})}
-    monkeypatch.setattr(generation_bench, "tables", lambda device, dtype: tables)
+    monkeypatch.setattr(contestants, "tables", lambda device, dtype: tables)
     model = generation_bench.random_model(TWO_GROUPS, torch.bfloat16, CPU, 0)
     records, count = run_generate(model, monkeypatch, WORKLOADS[2:])
     status = {r["implementation"]: r["status"] for r in records}
-    others = {"torch": "timed", generation_bench.ONEDNN: "timed"}
+    others = {"torch": "timed", contestants.ONEDNN: "timed"}
     assert (status, count) == (others | {"triton": "wrong"}, 1)
 
 
@@ -332,7 +335,7 @@ def test_every_decode_step_stands_at_the_same_depth():
         forward(ids, cache=cache, **k),
     )[1]
     cache = generation_bench.filled_cache(model, w, 0)
-    step = generation_bench.make_step(model, w, torch.zeros(3, 1, dtype=torch.long), cache)
+    step = contestants.make_step(model, w, torch.zeros(3, 1, dtype=torch.long), cache)
     step()
     step()
     assert depths == [[w.past] * w.batch] * 2
@@ -344,3 +347,167 @@ def test_memory_that_is_needed():
     largest = max(model.new_cache(w.batch, w.past + w.length + 128).nbytes for w in WORKLOADS)
     found = generation_bench.memory_bytes(TWO_GROUPS, WORKLOADS, torch.bfloat16)
     assert found == weights + largest
+
+
+@pytest.mark.slow  # compiles a step of each shape
+def test_compiled_steps_take_part(monkeypatch):
+    model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
+    records, wrong = run_generate(model, monkeypatch, only=["torch", contestants.COMPILED])
+    assert wrong == 0
+    names = [(r["phase"], r["implementation"], r["status"]) for r in records]
+    assert names == [
+        ("prefill", "torch", "timed"),
+        ("resume", "torch", "timed"),
+        ("decode", "torch", "timed"),
+        ("decode", contestants.COMPILED, "timed"),
+    ]
+
+    def none():
+        raise ValueError("no C++ compiler")
+
+    monkeypatch.setattr(contestants, "require_compiler", none)
+    assert contestants._compiled(model) == "no C++ compiler"
+
+
+def test_who_takes_part():
+    everyone = [*contestants.OURS, *contestants.PEERS]
+    assert contestants.select((), (), True) == everyone
+    assert contestants.select((), ("torch",), False) == [
+        n for n in contestants.OURS if n != "torch"
+    ]
+    assert contestants.select(("llama.cpp", "torch"), (), True) == ["torch", "llama.cpp"]
+    for only, skip in (("torhc",), ()), ((), ("x",)):
+        with pytest.raises(ValueError, match="no way to run a model is called"):
+            contestants.select(only, skip, True)
+    with pytest.raises(ValueError, match="nobody is left"):
+        contestants.select(("llama.cpp",), (), False)
+
+
+def test_only_those_who_take_part_are_built(monkeypatch):
+    model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
+    monkeypatch.setattr(contestants.peer_model, "transformers_model", lambda model: 1 / 0)
+    monkeypatch.setattr(contestants.llama_model, "llama_model", lambda model: 1 / 0)
+    records, wrong = run_generate(model, monkeypatch, peers=True, only=["torch", "triton"])
+    assert wrong == 0 and [r["implementation"] for r in records] == ["torch", "triton"] * 3
+
+
+def test_ratios_to_the_peers(monkeypatch):
+    """Ours take a second, then two; the peer always three."""
+    model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
+    monkeypatch.setattr(contestants.peer_model, "make_step", lambda peer, *rest: lambda: None)
+
+    def measure(calls, clock, budget):
+        samples = {"torch": [1.0, 2.0, 2.0], "transformers": [3.0, 3.0, 3.0]}
+        return {name: timing.summarise(samples[name]) for name in calls}
+
+    monkeypatch.setattr(generation_bench.timing, "measure", measure)
+    records, _ = run_generate(
+        model,
+        monkeypatch,
+        WORKLOADS[2:],
+        peers=True,
+        skip=["reference", "torch, onednn", "llama.cpp"],
+    )
+    ours, absent, peer = records
+    assert ours["speed_over"] == {
+        "transformers": pytest.approx({"p20": 1.5, "p50": 1.5, "p80": 2.4})
+    }
+    assert absent["implementation"] == "triton" and "speed_over" not in peer
+    read = CEILINGS.bandwidths[-1].read
+    assert ours["percent_of_read"] == pytest.approx(100 * ours["bytes"] / 2.0 / read)
+    assert "1.50x transformers [1.50, 2.40]" in report.line("torch", ours)
+
+
+def test_memory_is_given_in_turns(monkeypatch):
+    w = Workload("decode", 1, 1, 5)
+    people = {
+        name: contestants.Contestant(name, extra=lambda w, n=extra: n)
+        for name, extra in (("a", 0), ("b", 6 * 10**9), ("c", 5 * 10**9), ("d", 4 * 10**9))
+    }
+    people["e"] = contestants.Contestant("e", refuses=lambda w: "no steps", extra=lambda w: 10**12)
+    found = dict(generation_bench._unserved(w, people, 10e9))
+    assert found == {"c": "takes 5.0 GB, 4.0 GB are left beside the others", "e": "no steps"}
+    assert list(dict(generation_bench._unserved(w, people, -1.0))) == ["b", "c", "d", "e"]
+
+
+def test_the_peers_that_do_not_fit_are_said_to_be_absent(monkeypatch):
+    model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
+    w = WORKLOADS[2]
+    cache = model.new_cache(w.batch, w.past + w.length + 128).nbytes
+    extra = contestants._kept_bytes(model, w)
+    kept = model.new_cache(w.batch, w.past + w.length)
+    assert (
+        extra
+        == 2 * (kept.keys.nbytes + kept.values.nbytes) + kept.windows.nbytes + kept.states.nbytes
+    )
+    for room, status in ((cache + extra, "timed"), (cache + extra - 1, "absent")):
+        free = room / generation_bench.MEMORY_SHARE + 1e-6
+        monkeypatch.setattr(generation_bench.machine, "free_bytes", lambda device, f=free: f)
+        records, _ = run_generate(
+            model, monkeypatch, [w], peers=True, only=["torch", "transformers"]
+        )
+        assert [r["status"] for r in records] == ["timed", status]
+
+
+def test_an_error_before_the_first_step_is_a_result_and_calls_are_closed(monkeypatch):
+    model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
+    closed = []
+
+    class Call:
+        settings = "as they come"
+
+        def __call__(self):
+            pass
+
+        def close(self):
+            closed.append(1)
+
+    made = contestants.make_step
+    steps = {"reference": lambda *a: 1 / 0, "torch": lambda *a: Call(), "torch, onednn": made}
+
+    def gather(model, names):
+        pass_gate = lambda exact, ids: contestants.check(model, exact, ids)  # noqa: E731
+        return {
+            name: contestants.Contestant(name, pass_gate, (lambda f: lambda *a: f(model, *a))(step))
+            for name, step in steps.items()
+        }
+
+    monkeypatch.setattr(contestants, "gather", gather)
+    records, wrong = run_generate(model, monkeypatch, WORKLOADS[2:])
+    assert wrong == 1 and closed == [1]
+    assert [r["status"] for r in records] == ["failed", "timed", "timed"]
+    assert "ZeroDivisionError" in records[0]["reason"] and records[1]["settings"] == "as they come"
+    assert "(as they come)" in report.line("torch", records[1])
+
+
+def test_a_peer_that_is_wrong_is_not_timed_and_no_fault_of_ours(monkeypatch):
+    model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
+    last = contestants.peer_model.last_logits
+    monkeypatch.setattr(contestants.peer_model, "last_logits", lambda *a: last(*a) * 1.01)
+    records, wrong = run_generate(
+        model, monkeypatch, WORKLOADS[2:], peers=True, only=["torch", "transformers"]
+    )
+    assert wrong == 0 and [r["status"] for r in records] == ["timed", "wrong"]
+
+
+def test_a_sample_on_a_cpu_is_more_than_one_short_step(monkeypatch):
+    budgets, real = [], timing.measure
+
+    def measure(calls, clock, budget):
+        budgets.append(budget)
+        return real(calls, clock, budget)
+
+    monkeypatch.setattr(generation_bench.timing, "measure", measure)
+    model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
+    run_generate(model, monkeypatch, WORKLOADS[2:], only=["torch"])
+    assert budgets == [BUDGET._replace(burst=generation_bench.BURST_SECONDS)]
+
+
+def test_what_the_system_says_is_free(monkeypatch):
+    from falcon_h1r.bench import machine
+
+    assert 2**20 < machine.free_bytes(CPU) < 2**50
+    monkeypatch.setattr(machine, "_proc", lambda path, key: "12 kB")
+    assert machine.free_bytes(CPU) == 12 * 1024
+    monkeypatch.setattr(machine, "_proc", lambda path, key: None)
+    assert machine.free_bytes(CPU) == float("inf")
