@@ -25,7 +25,7 @@ ROOMS = [
     ["block", "cache"],
     ["ops"],
     ["model"],
-    ["onednn"],
+    ["int8", "onednn"],
     ["checkpoint"],
     ["text"],
     ["generation"],

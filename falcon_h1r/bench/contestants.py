@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import cost as sheet
-from .. import ops
+from .. import int8, ops
 from ..cache import Cache
 from ..generation.compiled import CompiledStep, require_compiler
 from ..generation.graph import DecodeStep
@@ -27,7 +27,9 @@ GRAPH = ", graph"  # steps captured as a CUDA graph
 ONEDNN = "torch, onednn"
 COMPILED = "torch, compiled"  # steps through torch.compile
 OURS = ("reference", "torch", "torch" + GRAPH, "triton", "triton" + GRAPH, ONEDNN, COMPILED)
+INT8 = "torch, int8"  # not what the dtype says, so only where it is asked for
 PEERS = ("transformers", "llama.cpp")
+INT8_ERROR = 0.1  # one per cent of a product, which random weights amplify
 SLACK = 10.0  # factor on gate.SLACK: 0.26 in bfloat16 over 44 layers
 
 
@@ -60,11 +62,12 @@ def select(only: Sequence[str], skip: Sequence[str], peers: bool) -> list[str]:
 
     Raises ValueError for an unknown name, and where nobody is left.
     """
-    known = (*OURS, *PEERS)
+    known = (*OURS, INT8, *PEERS)
     for name in (*only, *skip):
         if name not in known:
             raise ValueError(f"no way to run a model is called {name!r}; there are: {known}")
-    found = [name for name in (known if peers else OURS) if name in (only or known)]
+    usual = (*OURS, *PEERS) if peers else OURS
+    found = [name for name in known if name in (only or usual)]
     if not (found := [name for name in found if name not in skip]):
         raise ValueError("nobody is left to measure")
     return found
@@ -97,6 +100,7 @@ def ours(model: FalconH1ForCausalLM) -> Iterator[tuple[str, Callable[[], Contest
     through = partial(_plain, ONEDNN, lambda: use_onednn(layer.under(model, ops.TORCH)))
     yield ONEDNN, lambda: unusable(model) or through()
     yield COMPILED, partial(_compiled, model)
+    yield INT8, partial(_int8, model)
 
 
 def peers(model: FalconH1ForCausalLM) -> Iterator[tuple[str, Callable[[], Contestant | str]]]:
@@ -127,6 +131,14 @@ def _compiled(model: FalconH1ForCausalLM) -> Contestant | str:
     streamed = use_onednn(layer.under(model, ops.TORCH), stream=True)
     judge = partial(check_graph, streamed, form=CompiledStep)
     return Contestant(COMPILED, judge, partial(_compiled_step, streamed), phases=("decode",))
+
+
+def _int8(model: FalconH1ForCausalLM) -> Contestant | str:
+    if reason := int8.unusable(model):
+        return reason
+    other = int8.use_int8(layer.under(model, ops.TORCH))
+    judge = partial(check, other, extra=INT8_ERROR)
+    return Contestant(INT8, judge, partial(make_step, other))
 
 
 def _compiled_step(model: FalconH1ForCausalLM, workload: Workload, ids: Tensor, cache: Cache):
@@ -180,11 +192,14 @@ def tables(device: torch.device, dtype: torch.dtype) -> dict[str, ops.Ops | str]
     return {"reference": ops.REFERENCE, "torch": ops.TORCH, "triton": triton}
 
 
-def check(model: FalconH1ForCausalLM, exact: Tensor, ids: Tensor) -> gate.Verdict:
-    """The gate for one table: prefill and step against `exact`, (b, vocab) of the whole prompt."""
+def check(model: FalconH1ForCausalLM, exact: Tensor, ids: Tensor, extra: float = 0) -> gate.Verdict:
+    """The gate for one table: prefill and step against `exact`, (b, vocab) of the whole prompt.
+
+    extra: as in `verdict`.
+    """
     cache = model.new_cache(*ids.shape)
     model(ids[:, :-1], cache=cache, logits_to_keep=1)
-    return verdict(model, model(ids[:, -1:], cache=cache)[:, -1], exact)
+    return verdict(model, model(ids[:, -1:], cache=cache)[:, -1], exact, extra=extra)
 
 
 def check_graph(
