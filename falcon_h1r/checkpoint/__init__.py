@@ -7,9 +7,11 @@ from .hub import resolve
 from .layout import TensorInfo, inspect
 from .loader import end_token_ids, load, read_config, read_generation_config
 from .saver import save
+from .stream import Streamed, stream_modules
 
 __all__ = [
     "CheckpointError",
+    "Streamed",
     "TensorInfo",
     "end_token_ids",
     "fold_multipliers",
@@ -20,4 +22,5 @@ __all__ = [
     "resolve",
     "save",
     "save_gguf",
+    "stream_modules",
 ]

@@ -1,0 +1,250 @@
+"""`falcon-h1r parity`: every tensor beside float64 and another implementation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import common
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_to(commands) -> None:
+    parser = commands.add_parser(
+        "parity",
+        help="errors of every tensor, beside float64 and another implementation",
+        description="The relative error of every tensor to a float64 forward of the same weights, "
+        "ours and another implementation's. Exit status 0: ours is within its error budget at "
+        "every tensor; 1: it is not; 2: refused.",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model",
+        default=common.DEFAULT_MODEL,
+        metavar="PATH_OR_REPO",
+        help="checkpoint folder or hub repository id; default: the embedded h1r-pico",
+    )
+    source.add_argument(
+        "--model-shape", metavar="PRESET", help="random weights in the shape of a released model"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    parser.add_argument(
+        "--against",
+        metavar="WHAT",
+        help="transformers, llama.cpp, or a dump FILE.safetensors or FILE.npz of another engine; "
+        "default: transformers if it is installed",
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--ops", nargs="+", choices=("reference", "torch", "triton"), default=["torch"]
+    )
+    parser.add_argument(
+        "--paths", nargs="+", choices=("prefill", "chunked", "decode", "padded"), default=None
+    )
+    parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: all")
+    parser.add_argument("--prompt", metavar="TEXT", help="its tokens instead of random ones")
+    parser.add_argument("--budget", metavar="FILE", help="a budget written before")
+    parser.add_argument("--write-budget", metavar="FILE", help="measure the budget, write it, end")
+    parser.add_argument(
+        "--write-dump",
+        metavar="FILE",
+        help="write our tensors in the first of --dtype, --ops and --paths, and end",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="the whole report: .md, .json, .html, .png, .svg or .pdf"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..study.parity_render import as_json, as_text, check_suffix, write_report
+
+    if args.out is not None:
+        check_suffix(args.out)
+    if "triton" in args.ops:
+        common.operator_table("triton", "cpu")
+    _quiet_transformers()
+    model = _model(args)
+    if args.write_dump is not None:
+        return _write_dump(args, model)
+    if args.write_budget is not None:
+        _budget(args, model, _inputs(args, model)).write(args.write_budget)
+        return 0
+    from ..study.parity import compare
+
+    tables = _tables(args)
+    peer, inputs = _peer_and_inputs(args, model)
+    budget = _budget(args, model, inputs)
+    report = compare(
+        model, inputs, args.dtype, tables, budget, peer, args.layers, progress=_progress
+    )
+    facts = _facts(args, model, report, inputs, budget)
+    if args.out is not None:
+        write_report(report, facts, args.out)
+    print(as_json(report, facts) if args.json else as_text(report, facts))
+    return 1 if report.beyond else 0
+
+
+def _quiet_transformers() -> None:
+    """Its path without kernels, which is the one compared, comes with a warning per kernel."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text:40}", end="\r", file=sys.stderr, flush=True)
+
+
+def stored_model(name: str, revision: str | None):
+    """A checkpoint in the dtype in which it is stored."""
+    from ..checkpoint import inspect, load, resolve
+    from ..ops import TORCH
+
+    folder = resolve(common.locate(name, revision), revision)
+    dtypes = {info.name: info.dtype for info in inspect(folder)}
+    return load(folder, dtype=dtypes["model.embed_tokens.weight"], ops=TORCH)
+
+
+def _model(args):
+    import torch
+
+    from ..config import FalconH1Config
+    from ..model import FalconH1ForCausalLM
+
+    if args.model_shape is None:
+        return stored_model(args.model, args.revision)
+    if args.revision is not None:
+        raise ValueError("--revision: not with --model-shape")
+    from ..bench.weights import excite
+
+    config = FalconH1Config.preset(args.model_shape)
+    torch.manual_seed(0)
+    model = FalconH1ForCausalLM(config).eval()
+    ids = torch.arange(32)[None] % config.vocab_size
+    excite(model, 0, lambda: model(ids))
+    return model
+
+
+def _tables(args) -> dict:
+    return {name: common.operator_table(name, "cpu") for name in dict.fromkeys(args.ops)}
+
+
+def _paths(args) -> list[str]:
+    return list(dict.fromkeys(args.paths or ("prefill", "chunked", "decode", "padded")))
+
+
+def _inputs(args, model) -> dict:
+    import torch
+
+    from ..study.parity import make_inputs
+
+    ids = None
+    if args.prompt is not None:
+        from ..text import load_tokenizer
+
+        if args.model_shape is not None:
+            raise ValueError("--prompt: a --model-shape has no tokenizer")
+        tokenizer = load_tokenizer(model.source)
+        ids = torch.tensor([tokenizer.encode(args.prompt)])
+        if ids.numel() == 0:
+            raise ValueError("--prompt is empty")
+    return {path: make_inputs(model.config, path, ids) for path in _paths(args)}
+
+
+def _peer_and_inputs(args, model):
+    from ..study.doctor_evidence import values_dtype
+    from ..study.dump import read_dump
+    from ..study.parity import of_dump, transformers_peer
+
+    what = args.against
+    if what is None:
+        try:
+            return transformers_peer(), _inputs(args, model)
+        except ValueError:
+            return None, _inputs(args, model)
+    if what == "transformers":
+        return transformers_peer(), _inputs(args, model)
+    if what == "llama.cpp":
+        from ..study.peers_llama import llama_peer
+
+        if args.paths is not None and set(args.paths) - {"prefill", "decode"}:
+            raise ValueError("--against llama.cpp: its paths are prefill and decode")
+        args.paths = args.paths or ["prefill", "decode"]
+        return llama_peer(), _inputs(args, model)
+    if not _is_dump(what):
+        raise ValueError(
+            f"--against {what}: expected transformers, llama.cpp or a file .safetensors or .npz"
+        )
+    if args.paths is not None or args.prompt is not None:
+        raise ValueError("--against FILE: the dump says what was read; no --paths, no --prompt")
+    dump = read_dump(what, model.config)
+    values = list(dump.tensors.values())
+    args.dtype = [str(dump.dtype or values_dtype(values)).removeprefix("torch.")]
+    path = "prefill" if dump.inputs.mask is None else "padded"
+    if dump.inputs.pieces is not None:
+        path = "decode" if 1 in dump.inputs.pieces[1:] else "chunked"
+    return of_dump(dump, Path(what).name), {path: dump.inputs}
+
+
+def _is_dump(what: str | None) -> bool:
+    return what is not None and Path(what).suffix in (".safetensors", ".npz")
+
+
+def _budget(args, model, inputs):
+    from ..study.budget import make_budget, read_budget, shipped_budget
+    from ..study.parity import compared_names
+
+    if args.budget is not None:
+        budget = read_budget(args.budget)
+        if not budget.covers(args.dtype, inputs):
+            raise ValueError(f"--budget {args.budget}: it lacks a dtype or path that is asked for")
+        return budget
+    plain = args.prompt is None and args.model_shape is None
+    if plain and args.write_budget is None and not _is_dump(args.against):
+        budget = shipped_budget(model)
+        if budget is not None and budget.covers(args.dtype, inputs):
+            return budget
+    names = compared_names(model.config, args.layers)
+    made_for = args.model_shape or args.model
+    return make_budget(model, inputs, args.dtype, _tables(args), made_for, names)
+
+
+def _facts(args, model, report, inputs, budget) -> dict:
+    import torch
+
+    shapes = {tuple(given.ids.shape) for given in inputs.values()}
+    measured = budget.made_for if budget.entries else ""
+    return {
+        "model": args.model_shape or args.model,
+        "against": report.peer or "nothing",
+        "torch": torch.__version__,
+        "input_ids": ", ".join(f"{b} x {l}" for b, l in sorted(shapes)),
+        "budget": f"twice what REFERENCE in the same dtype is off by, measured for {measured}",
+    }
+
+
+def _write_dump(args, model) -> int:
+    import torch
+
+    from ..study.budget import rounded
+    from ..study.dump import take_dump, write_dump
+    from ..study.faults import Patient
+    from ..taps import full_names
+
+    path, dtype = _paths(args)[0], getattr(torch, args.dtype[0])
+    table = common.operator_table(args.ops[0], "cpu")
+    narrow = rounded(model, dtype)
+    args.paths = [path]
+    names = None if args.layers is None else full_names(model.config, None, args.layers)
+    inputs = _inputs(args, model)[path]
+    dump = take_dump(Patient(narrow, ops=table), narrow, inputs, names)
+    write_dump(args.write_dump, dump)
+    return 0

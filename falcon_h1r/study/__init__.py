@@ -1,0 +1,14 @@
+"""What a model does inside: measures of a forward, and comparison with other implementations."""
+
+from .doctor import Diagnosis, diagnose
+from .dump import Dump, Inputs, read_dump, take_dump, write_dump
+
+__all__ = [
+    "Diagnosis",
+    "Dump",
+    "Inputs",
+    "diagnose",
+    "read_dump",
+    "take_dump",
+    "write_dump",
+]

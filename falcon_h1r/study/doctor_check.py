@@ -1,0 +1,280 @@
+"""How often the doctor is right: faults planted in observers of several configurations.
+
+An observer is our model with faults, run in float32 or bfloat16; the doctor gets its logits, alone
+or with some inner tensors, and predicts in float64. A fault counts as identifiable where it moves
+what is observed by more than the doctor's own limit; of the others "no fault" is the right answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..config import FalconH1Config
+from ..model import FalconH1ForCausalLM
+from ..ops import TORCH
+from ..taps import full_names, tap_of
+from .budget import rounded
+from .doctor import Diagnosis, examine
+from .doctor_evidence import LIMIT, Evidence, Witness, distance, of_dump, probes
+from .dump import Dump, Inputs, take_dump
+from .faults import Fault, Patient
+from .faults_list import FAULTS
+
+# Two groups, biases, a finite dt limit, untied, rope far from 1e4, every multiplier its own number.
+ADVERSARIAL = FalconH1Config(
+    vocab_size=101,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    rope_theta=1e11,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    attention_bias=False,
+    mlp_bias=False,
+    mamba_d_ssm=64,
+    mamba_expand=2,
+    mamba_n_heads=4,
+    mamba_d_head=16,
+    mamba_d_state=24,
+    mamba_n_groups=2,
+    mamba_d_conv=4,
+    mamba_chunk_size=8,
+    mamba_conv_bias=True,
+    mamba_proj_bias=False,
+    projectors_bias=False,
+    mamba_rms_norm=True,
+    mamba_norm_before_gate=False,
+    embedding_multiplier=5.6,
+    lm_head_multiplier=0.7,
+    attention_in_multiplier=1.3,
+    attention_out_multiplier=0.6,
+    key_multiplier=0.4,
+    ssm_in_multiplier=1.25,
+    ssm_out_multiplier=0.45,
+    ssm_multipliers=(0.35, 0.8, 0.55, 0.5, 0.3),
+    mlp_multipliers=(0.9, 0.58),
+    time_step_limit=(0.02, 0.15),
+)
+CONFIGS: dict[str, FalconH1Config] = {
+    "adversarial": ADVERSARIAL,
+    "no gated norm, tied": dataclasses.replace(
+        ADVERSARIAL, mamba_rms_norm=False, tie_word_embeddings=True, attention_bias=True
+    ),
+    "norm first, one group, no dt limit": dataclasses.replace(
+        ADVERSARIAL,
+        mamba_norm_before_gate=True,
+        mamba_n_groups=1,
+        time_step_limit=(0.0, math.inf),
+        mamba_proj_bias=True,
+    ),
+}
+DTYPES = ("float32", "bfloat16")
+
+
+class Case(NamedTuple):
+    """One planted observer and what the doctor said."""
+
+    config: str
+    dtype: str
+    evidence: str  # "logits" of all probes, "prefill logits", "some tensors"
+    planted: tuple[str, ...]
+    identifiable: bool
+    answer: Diagnosis
+
+    @property
+    def first(self) -> bool:
+        """Whether the best explanation is what was planted."""
+        return set(self.answer.faults) == set(self.planted)
+
+    @property
+    def right(self) -> bool:
+        """Whether that is the best explanation or one named as equal to it; of what is below the
+        noise, "no fault" is right as well."""
+        named = [set(faults) for faults in (self.answer.faults, *self.answer.alternatives)]
+        quiet = not self.identifiable and self.answer.status == "no fault"
+        return quiet or (bool(self.planted) and set(self.planted) in named)
+
+
+@torch.no_grad()
+def random_model(config: FalconH1Config, seed: int = 0) -> FalconH1ForCausalLM:
+    """Weights with which every path matters: activations of order 1, biases and norms of their
+    own."""
+    generator = torch.Generator().manual_seed(seed)
+    model = FalconH1ForCausalLM(config, ops=TORCH).eval()
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("A_log"):
+            value = noise.abs().add(0.5).log()
+        elif name.endswith("dt_bias"):
+            value = noise - 3
+        elif name.endswith(("norm.weight", ".D")):
+            value = 1 + 0.3 * noise
+        elif name.endswith("bias"):
+            value = 0.2 * noise
+        elif parameter.dim() == 2 and "embed" not in name:
+            value = noise * parameter.shape[-1] ** -0.5
+        else:
+            value = 0.4 * noise
+        parameter.copy_(value)
+    return model
+
+
+class Observer:
+    """Makes evidence from a model with planted faults, in one dtype."""
+
+    def __init__(self, model, dtype: str, kind: str, seed: int = 0):
+        self.model, self.kind = rounded(model, getattr(torch, dtype)), kind
+        inputs = probes(model.config, seed)
+        self.inputs = {"prefill": inputs["prefill"]} if kind != "logits" else inputs
+        self.names = ["logits"]
+        if kind == "some tensors":
+            known = [n for n in full_names(model.config) if "s" not in tap_of(n).axes.split()]
+            self.names = sorted(random.Random(seed).sample(known, 12), key=known.index)
+        right = [self._take((), label, given) for label, given in self.inputs.items()]
+        self.witness = Witness(model, right, self.model.dtype)
+
+    def _take(self, faults: Sequence[Fault], label: str, inputs: Inputs) -> Evidence:
+        patient = Patient(self.model, faults, ops=TORCH)
+        if self.names == ["logits"]:
+            return of_dump(Dump(inputs, {"logits": patient(*inputs)}), label)
+        known = [name for name in self.names if name in full_names(patient.model.config)]
+        return of_dump(take_dump(patient, patient.model, inputs, known), label)
+
+    def see(self, faults: Sequence[Fault]) -> Witness:
+        evidence = [self._take(faults, label, given) for label, given in self.inputs.items()]
+        return self.witness.with_evidence(evidence)
+
+    def moves(self, faults: Sequence[Fault]) -> bool:
+        """Whether the faults move anything observed by more than the doctor's limit."""
+        witness = self.witness
+        for i, evidence in enumerate(witness.evidence):
+            right, noise = witness.predict((), i), witness.noise((), i)
+            found = witness.predict(faults, i)
+            for name in evidence.tensors:
+                if name in found and name in right:
+                    far = distance(found[name], right[name], right[name])
+                    if far > 2 * LIMIT * noise[name]:
+                        return True
+        return False
+
+
+def try_singles(observer: Observer, config: str, dtype: str, faults=FAULTS) -> list[Case]:
+    """The right model, and each fault that the configuration can show."""
+    plantings = [(), *((f,) for f in faults if not f.hidden(observer.model.config))]
+    return [_case(observer, config, dtype, planted, faults, False) for planted in plantings]
+
+
+def try_pairs(
+    observer: Observer, config: str, dtype: str, count: int, seed: int = 0, faults=FAULTS
+) -> list[Case]:
+    """A random sample of pairs, each fault of which shows with the other one planted too."""
+    chooser = random.Random(seed)
+    able = [f for f in faults if not f.hidden(observer.model.config) and observer.moves((f,))]
+    out = []
+    while len(out) < count:
+        one, other = chooser.sample(able, 2)
+        if one.site != other.site:
+            out.append(_case(observer, config, dtype, (one, other), faults, True))
+    return out
+
+
+def _case(observer, config, dtype, planted, faults, pairs: bool) -> Case:
+    answer = examine(observer.see(planted), faults, pairs=pairs)
+    names = tuple(fault.name for fault in planted)
+    moves = bool(planted) and observer.moves(planted)
+    return Case(config, dtype, observer.kind, names, moves, answer)
+
+
+def self_test(
+    models: dict[str, FalconH1ForCausalLM] | None = None,
+    pairs: int = 60,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Case]:
+    """All single faults of several models, dtypes and kinds of evidence, and a sample of pairs.
+
+    models: by name, None for random ones of CONFIGS.
+    """
+    if models is None:
+        models = {name: random_model(config, seed) for name, config in CONFIGS.items()}
+    cases: list[Case] = []
+    share, extra = divmod(pairs, len(models))
+    for index, (name, model) in enumerate(models.items()):
+        for dtype in DTYPES:
+            for kind in ("logits", "prefill logits", "some tensors"):
+                progress(f"{name}, {dtype}, {kind}")
+                observer = Observer(model, dtype, kind, seed)
+                cases += try_singles(observer, name, dtype)
+                if kind == "logits" and dtype == "float32":
+                    count = share + (index < extra)
+                    cases += try_pairs(observer, name, dtype, count, seed)
+    return cases
+
+
+def summary(cases: Sequence[Case]) -> str:
+    """Accuracies by configuration, dtype and evidence, and every miss."""
+    lines = ["planted   identifiable  named first  named  | configuration, dtype, evidence"]
+    keys = dict.fromkeys((c.config, c.dtype, c.evidence, len(c.planted) == 2) for c in cases)
+    for key in keys:
+        own = [c for c in cases if (c.config, c.dtype, c.evidence, len(c.planted) == 2) == key]
+        seen = [c for c in own if c.identifiable]
+        first, among = sum(c.first for c in seen), sum(c.right for c in seen)
+        label = ", ".join(key[:3]) + (", pairs" if key[3] else "")
+        lines.append(f"{len(own):7} {len(seen):13} {first:12} {among:6}  | {label}")
+    seen = [c for c in cases if c.identifiable]
+    quiet = [c for c in cases if not c.identifiable]
+    lines.append(
+        f"of {len(seen)} identifiable plantings {sum(c.first for c in seen)} are named first and "
+        f"{sum(c.right for c in seen)} named; of {len(quiet)} others (right models, and faults "
+        f"below the noise) {sum(c.right for c in quiet)} are called no fault or what they are"
+    )
+    for c in cases:
+        if not c.right:
+            planted = " and ".join(c.planted) or "nothing"
+            said = " and ".join(c.answer.faults) or c.answer.status
+            lines.append(f"  {c.config}, {c.dtype}, {c.evidence}: {planted} was called {said}")
+    return "\n".join(lines)
+
+
+def as_json(cases: Sequence[Case]) -> str:
+    rows = [
+        {**case._asdict(), "answer": case.answer.status, "faults": case.answer.faults}
+        | {"alternatives": case.answer.alternatives, "margin": case.answer.margin}
+        | {"first": case.first, "right": case.right}
+        for case in cases
+    ]
+    return json.dumps({"cases": rows, "calibration": calibrate(cases)})
+
+
+def calibrate(cases: Sequence[Case]) -> list[tuple[float, float]]:
+    """(margin, share): at least this share of the answers with at least this margin were right.
+
+    Shares are (right + 1) / (all + 2), so that few cases do not make certainty.
+    """
+    answers = [(c.answer.margin, c.right) for c in cases if c.answer.faults]
+    steps = []
+    for least in (0.0, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0, 12.0):
+        right = [was for margin, was in answers if margin >= least]
+        steps.append((least, round((sum(right) + 1) / (len(right) + 2), 4)))
+    return steps
+
+
+def write_calibration(cases: Sequence[Case], path: str | Path) -> None:
+    document = {
+        "what": "share of right answers among planted faults, by the margin of the answer",
+        "cases": len(cases),
+        "steps": calibrate(cases),
+    }
+    Path(path).write_text(json.dumps(document, indent=1) + "\n")

@@ -1,0 +1,171 @@
+"""The first operator that goes its own way: every place is fed the truth.
+
+In one forward each place that takes an input gets the float64 forward's, rounded to what the place
+takes, so no error reaches the next one: what differs is made where it is seen. That costs as much
+as a forward, so nothing is bisected: all places are judged at once, and the first in the order of
+the forward that is off is named. The yardstick is REFERENCE in the same dtype, fed the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import REFERENCE, Ops
+from ..tap_table import inner_name
+from ..taps import full_names, record, tap_of
+from .budget import FACTOR, relative, truth_of
+from .dump import Inputs, in_layout, real_values
+from .faults import Patient
+from .parity import compared_names
+
+# Taps at which an input is replaced, and those that only ours have as a place of their own.
+FORCED = tuple(
+    "residual.in mamba.in_proj.in mamba.conv.x mamba.scan.x mamba.scan.B mamba.scan.C mamba.gate.y "
+    "mamba.gate.z self_attn.in residual.mid final_layernorm.in".split()
+)
+_OURS = ("mamba.scan.dt", "mamba.scan.state_in", "mamba.conv.window_in")
+_FLOOR = 2.0**-23  # one float32 roundoff
+# Which function or module makes a tap's tensor, where its name does not say.
+_MAKERS = {
+    "embedding": ("model", "embedding_multiplier"),
+    "mamba.conv.x": ("mamba", "split of in_proj and multipliers"),
+    "mamba.in_proj.in": ("mamba", "ssm_in_multiplier"),
+    "mamba.scan.x": ("mamba", "split of the convolution"),
+    "mamba.scan.B": ("mamba", "split of the convolution"),
+    "mamba.scan.C": ("mamba", "split of the convolution"),
+    "mamba.scan.dt": ("mamba", "dt_bias, softplus and clamp"),
+    "mamba.scan.A": ("mamba", "-exp(A_log)"),
+    "mamba.scan.D": ("mamba", "D"),
+    "mamba.gate.z": ("mamba", "split of in_proj and multipliers"),
+    "mamba.conv.out": ("mamba.causal_conv1d", "y"),
+    "mamba.conv.window": ("mamba.causal_conv1d", "window"),
+    "mamba.scan.y": ("mamba.ssd_scan", "y"),
+    "mamba.scan.state": ("mamba.ssd_scan", "state"),
+    "mamba.gate.out": ("mamba.gated_rms_norm", "out"),
+    "contribution.ssm": ("block", "ssm_out_multiplier"),
+    "self_attn.in": ("block", "attention_in_multiplier"),
+    "self_attn.rope.q": ("self_attn.rope", "q"),
+    "self_attn.rope.k": ("self_attn.rope", "k"),
+    "self_attn.attention.o": ("self_attn.attention", "o"),
+    "contribution.attention": ("block", "attention_out_multiplier"),
+    "residual.mid": ("block", "sum of the branches with their multipliers"),
+    "feed_forward.swiglu.out": ("feed_forward.swiglu", "out"),
+    "contribution.mlp": ("feed_forward", "mlp_multipliers"),
+    "residual.out": ("block", "residual sum"),
+    "final_layernorm.in": ("model", "last residual"),
+    "logits": ("model", "lm_head_multiplier"),
+}
+
+
+class Divergence(NamedTuple):
+    """The first tensor that is off."""
+
+    tensor: str
+    operator: str  # "layers.3.mamba.ssd_scan: y"
+    error: float  # relative rms, of what this place alone does
+    tolerance: float
+
+    def __str__(self) -> str:
+        return f"{self.operator} ({self.error:.1e}, twice REFERENCE's is {self.tolerance:.1e})"
+
+
+class Truth:
+    """The float64 forward of a model's weights on some inputs, every tensor and call of it."""
+
+    def __init__(self, model, inputs: Inputs):
+        self.model, self.inputs = model, inputs
+        self.calls: dict[str, list[Tensor]] = {}
+        self.tensors: dict[str, Tensor] = {}
+        truth_of(model)(*inputs, observe=self._keep)
+
+    @contextmanager
+    def _keep(self, model) -> Iterator[None]:
+        with record(model) as recording:
+            yield
+        for name in recording:
+            self.calls[name] = recording.calls(name)
+            if "s" not in tap_of(name).axes.split():
+                self.tensors[name] = in_layout(name, recording[name], self.inputs.mask)
+
+    def errors_of(self, tensors: dict[str, Tensor]) -> dict[str, float]:
+        """Relative rms errors of the compared tensors, in the order of the forward."""
+        mask = self.inputs.mask
+        return {
+            name: relative(*(real_values(name, t[name], mask) for t in (tensors, self.tensors)))[0]
+            for name in compared_names(self.model.config)
+            if name in tensors and name in self.tensors
+        }
+
+
+def operator_of(name: str) -> str:
+    """The operator and which of its tensors, as in "layers.3.mamba.ssd_scan: y"."""
+    own = inner_name(name)
+    module, what = _MAKERS.get(own, (own, "output"))
+    return f"{name[: len(name) - len(own)]}{module}: {what}"
+
+
+@torch.no_grad()
+def ours(truth: Truth, ops: Ops, faults: Sequence = ()) -> dict[str, Tensor]:
+    """Tensors of our model under `ops`, each operator fed the truth."""
+    patient = Patient(truth.model, faults, ops=ops)
+    seen: dict[str, Tensor] = {}
+
+    @contextmanager
+    def observe(model) -> Iterator[None]:
+        with record(model, compared_names(model.config)) as recording, ExitStack() as stack:
+            for name in full_names(model.config, (*FORCED, *_OURS)):
+                if name in truth.calls:
+                    _force(stack, model, name, truth.calls[name])
+            yield
+        seen.update(recording)
+
+    patient(*truth.inputs, observe=observe)
+    mask = None if patient.parts.keep_padding else truth.inputs.mask
+    return {name: in_layout(name, tensor, mask) for name, tensor in seen.items()}
+
+
+def _force(stack: ExitStack, model, name: str, calls: list[Tensor]) -> None:
+    """Replace an input by the truth's, call by call; recorded is what was there."""
+    left = iter(calls)
+    prefix = name[: len(name) - len(inner_name(name))]
+    for source in tap_of(name).sources:
+
+        def hook(module, args, kwargs, index=source.index):
+            old = kwargs.get(index) if isinstance(index, str) else args[index]
+            if old is None:
+                return None
+            new = next(left).to(old.dtype).reshape(old.shape)
+            if isinstance(index, str):
+                return args, {**kwargs, index: new}
+            return (*args[:index], new, *args[index + 1 :]), kwargs
+
+        path = f"model.{prefix}{source.module}" if prefix else source.module
+        module = model.get_submodule(path.rstrip("."))
+        stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def first_divergence(
+    truth: Truth, errors: dict[str, float], yardstick: dict[str, float] | None = None
+) -> Divergence | None:
+    """The first tensor whose own error is beyond twice that of REFERENCE in the same dtype.
+
+    errors: `truth.errors_of` of a side that was fed the truth; yardstick: those of REFERENCE.
+    """
+    if yardstick is None:
+        yardstick = truth.errors_of(ours(truth, REFERENCE))
+    for name, error in errors.items():
+        tolerance = FACTOR * max(yardstick.get(name, 0.0), _FLOOR)
+        if not error <= tolerance:
+            return Divergence(name, operator_of(name), error, tolerance)
+    return None
+
+
+def forced_inputs(truth: Truth) -> dict[str, Tensor]:
+    """What another side is to be fed, by taps."""
+    names = full_names(truth.model.config, FORCED)
+    return {name: truth.tensors[name] for name in names}
