@@ -130,6 +130,26 @@ def test_one_graph_for_all_layers_lengths_and_caches():
         assert torch.equal(caches[1].lengths, caches[0].lengths)
 
 
+@torch.no_grad()
+def test_steps_of_several_models_do_not_mix():
+    """After its first step an object checks nothing but which of several graphs is its own: models
+    that differ in numbers alone, level and ragged rows, step by step in turns."""
+    models = [make_model(make_config("two_groups"))]
+    changed = models[0].config.ssm_out_multiplier * 1.5
+    models.append(same_weights(models[0], ssm_out_multiplier=changed))
+    skip_without_onednn(models[0])
+    pairs = [(model, LENGTHS[rows]) for model in models for rows in (2, 3)]
+    expected = [steps(*pair)[0] for pair in pairs]
+    forms = []
+    for model, lengths in pairs:
+        fast = use_onednn(same_weights(model), stream=True)
+        forms.append(CompiledStep(fast, filled(fast, lengths)))
+    for i in range(STEPS):
+        for form, logits, (model, lengths) in zip(forms, expected, pairs):
+            tokens = random_ids(model.config, len(lengths), seed=i)
+            assert rms_error(form(tokens), logits[i]) < 1e-5
+
+
 def test_generate_gives_the_same_tokens():
     """Rows that end are computed along: no other batch size is compiled."""
     model = make_model(make_config("tied"))

@@ -9,6 +9,8 @@ sequences grow.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,7 @@ class CompiledStep:
             raise ValueError(f"CompiledStep: serves a CPU, the model is on {model.device}")
         require_compiler()
         self._model, self._cache = model, cache
+        self._checked = False
         self._reach = torch.empty(cache.max_length, dtype=torch.bool)  # only its length counts
         self._layers = [cache.layer(index) for index in range(model.config.num_hidden_layers)]
         for layer in self._layers:
@@ -70,10 +73,19 @@ class CompiledStep:
         # The first and the last token of a cache are not compiled: torch.compile takes a length of
         # 1, and all keys where else it has a part of them, for cases of their own.
         call = call if 1 < span.total < cache.max_length else None
-        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS), self._stance(call is not None):
             logits = model(tokens_b[:, None], None, cache, 1, span=span, call=call)
         cache.lengths += 1
         return logits[:, -1]
+
+    def _stance(self, compiled: bool):
+        """Whether a compiled step fits is checked at this object's first one, layer by layer, and
+        not again: nothing it depends on can change, and it takes a fifth of a small model's step.
+        Which of several fits is always looked up."""
+        if not compiled or not self._checked:
+            self._checked = compiled
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
 
 
 def require_compiler() -> None:
