@@ -10,6 +10,7 @@ dissect.png: the attention figures of `falcon-h1r dissect`, as Chromium shows th
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ WIDTH = 1000
 
 
 def parity(out: Path) -> None:
-    if main(["parity", "--paths", "prefill", "decode", "--out", str(out)]):
+    if main(["parity", "--dtype", "bfloat16", "--paths", "prefill", "padded", "--out", str(out)]):
         raise SystemExit("parity did not end well")
 
 
@@ -37,8 +38,10 @@ def dissect(out: Path) -> None:
         if main(["dissect", PROMPT, "--out", str(page)]):
             raise SystemExit("dissect did not end well")
         with browser.browser() as tab:
-            tab.open(page, WIDTH)
-            tab.run("document.querySelector('#matrices').scrollIntoView()")
+            tab.open(page, WIDTH, height=900)
+            tab.run("document.querySelector('#cap-att').scrollIntoView({behavior: 'instant'})")
+            tab.run("window.scrollBy({top: 40, behavior: 'instant'})")  # below the fixed strip
+            time.sleep(0.5)
             tab.picture(out, whole=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,23 +28,23 @@ def draw(report: Report, facts: dict, path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    columns = list(dict.fromkeys((row.path, row.table) for row in report.rows))
+    dtypes = list(dict.fromkeys(row.dtype for row in report.rows))
     sides = ["ours", "theirs"] if report.peer else ["ours"]
-    panels = [
-        (dtype, side) for dtype in dict.fromkeys(r.dtype for r in report.rows) for side in sides
-    ]
+    where = list(dict.fromkeys((row.path, row.table) for row in report.rows))
+    columns = [(path, table, side) for path, table in where for side in sides]
     names = list(dict.fromkeys(inner_name(row.tensor) for row in report.rows))
     layers = sorted({_layer(row.tensor) for row in report.rows} - {-1})
-    width = 2.6 + len(columns) * (0.6 + 0.22 * (len(layers) + 1))
-    figure = Figure(figsize=(max(width, 7), 0.8 + len(panels) * 0.17 * len(names)))
+    width = max(2.6 + len(columns) * (0.6 + 0.22 * (len(layers) + 1)), 7)
+    figure = Figure(figsize=(width, 1 + len(dtypes) * 0.16 * len(names)))
     figure.set_layout_engine("constrained")
-    grid = figure.subplots(len(panels), len(columns), squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(len(dtypes), len(columns), squeeze=False, sharex=True, sharey=True)
     colours = colormaps["viridis"].with_extremes(bad="0.85")
-    for line, (dtype, side) in zip(grid, panels):
+    for line, dtype in zip(grid, dtypes):
         values = [row.rms for row in report.rows if row.dtype == dtype]
         high = math.log10(max((v for v in values if 0 < v < math.inf), default=1.0))
-        for axes, (where, table) in zip(line, columns):
-            rows = [r for r in report.rows if (r.dtype, r.path, r.table) == (dtype, where, table)]
+        for axes, (path_of, table, side) in zip(line, columns):
+            here = (dtype, path_of, table)
+            rows = [r for r in report.rows if (r.dtype, r.path, r.table) == here]
             cells, frames = _cells(rows, side, names, layers)
             image = axes.imshow(cells, cmap=colours, vmin=high - DECADES, vmax=high, aspect="auto")
             if frames:
@@ -51,11 +52,12 @@ def draw(report: Report, facts: dict, path: Path) -> None:
             axes.set_xticks(range(len(layers) + 1), [*map(str, layers), "model"], fontsize=6)
             axes.set_yticks(range(len(names)), names, fontsize=6)
             who = f"ours, {table}" if side == "ours" else report.peer
-            axes.set_title(f"{who}\n{dtype}, {where}", fontsize=7)
+            axes.set_title(f"{who}\n{dtype}, {path_of}", fontsize=7)
         bar = figure.colorbar(image, ax=line.tolist(), shrink=0.6, extend="both")
         bar.set_label("log10 relative rms error to float64", fontsize=7)
         bar.ax.tick_params(labelsize=6)
-    figure.suptitle(", ".join(f"{key}: {value}" for key, value in facts.items()), fontsize=7)
+    text = ", ".join(f"{key}: {value}" for key, value in facts.items())
+    figure.suptitle("\n".join(textwrap.wrap(text, int(16 * width))), fontsize=7)
     figure.savefig(path, dpi=150)
 
 
