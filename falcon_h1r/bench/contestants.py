@@ -66,8 +66,8 @@ def select(only: Sequence[str], skip: Sequence[str], peers: bool) -> list[str]:
     for name in (*only, *skip):
         if name not in known:
             raise ValueError(f"no way to run a model is called {name!r}; there are: {known}")
-    usual = (*OURS, *PEERS) if peers else OURS
-    found = [name for name in known if name in (only or usual)]
+    able = known if peers else (*OURS, INT8)
+    found = [name for name in able if name in (only or set(known) - {INT8})]
     if not (found := [name for name in found if name not in skip]):
         raise ValueError("nobody is left to measure")
     return found
