@@ -30,6 +30,7 @@ ROOMS = [
     ["checkpoint"],
     ["text"],
     ["generation"],
+    ["reasoning"],
     ["bench"],
     ["study"],
     ["commands"],

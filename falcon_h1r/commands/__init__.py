@@ -1,6 +1,6 @@
 """The commands, one file each: its part of the parser, and a function that runs it."""
 
-from . import bench, chat, convert, dissect, doctor, generate, info, parity, walk
+from . import bench, chat, convert, dissect, doctor, generate, info, parity, replay, walk
 
 COMMANDS = (
     generate.add_to,
@@ -12,4 +12,5 @@ COMMANDS = (
     dissect.add_to,
     parity.add_to,
     doctor.add_to,
+    replay.add_to,
 )

@@ -1,0 +1,74 @@
+"""Answers by a vote of traces: confidences, DeepConf's policies, trace records and replay."""
+
+from .answers import (
+    EXTRACTORS,
+    Candidate,
+    Equality,
+    Verdict,
+    Vote,
+    group,
+    last_boxed,
+    make_extractor,
+    normal_form,
+    vote,
+)
+from .confidence import (
+    MEASURES,
+    Measures,
+    RunningConfidence,
+    confidence_of_logits,
+    first_below,
+    group_confidences,
+    token_confidence,
+    trace_measures,
+)
+from .deepconf import PRESETS, Ballot, DeepConf, Offline, offline_vote
+from .online import Ended, Event, OnlinePolicy, OnlineResult, Outcome
+from .openai import import_responses, read_responses
+from .recorder import TraceRecorder
+from .replay import POLICIES, Replayed, make_policy, recorded_policy, replay
+from .traces import Manifest, Record, Trace, find_records, read_record
+
+__all__ = [
+    "EXTRACTORS",
+    "MEASURES",
+    "POLICIES",
+    "PRESETS",
+    "Ballot",
+    "Candidate",
+    "DeepConf",
+    "Ended",
+    "Equality",
+    "Event",
+    "Manifest",
+    "Measures",
+    "Offline",
+    "OnlinePolicy",
+    "OnlineResult",
+    "Outcome",
+    "Record",
+    "Replayed",
+    "RunningConfidence",
+    "Trace",
+    "TraceRecorder",
+    "Verdict",
+    "Vote",
+    "confidence_of_logits",
+    "find_records",
+    "first_below",
+    "group",
+    "group_confidences",
+    "import_responses",
+    "last_boxed",
+    "make_extractor",
+    "make_policy",
+    "normal_form",
+    "offline_vote",
+    "read_record",
+    "read_responses",
+    "recorded_policy",
+    "replay",
+    "token_confidence",
+    "trace_measures",
+    "vote",
+]

@@ -1,0 +1,190 @@
+"""DeepConf's policies as data, and the offline vote (arXiv 2508.15260, sections 3 and 4).
+
+Offline: all traces are there; each votes with a weight, perhaps after the least sure were left out.
+Online: `DeepConf` says when `online.OnlinePolicy` stops traces and when no more are needed.
+
+Where the paper and its code differ, the paper's form is the default and the other one a parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .answers import Equality, Vote, vote
+from .confidence import MEASURES, TOP_K, WINDOW, Measures, check_window
+
+MAJORITY = "majority"
+PERCENTILE_METHODS = ("linear", "lower", "higher", "nearest", "midpoint")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class _Checked:
+    def _need(self, name: str, condition: bool, accepted: str) -> None:
+        if not condition:
+            raise ValueError(f"{name} is {getattr(self, name)!r}, expected {accepted}")
+
+    def _need_percent(self, name: str, zero: bool = False, optional: bool = False) -> None:
+        value = getattr(self, name)
+        inside = _is_number(value) and value <= 100 and (value > 0 or (zero and value == 0))
+        bounds = f"0 {'<=' if zero else '<'} {name} <= 100" + (", or None" if optional else "")
+        self._need(name, inside or (optional and value is None), bounds)
+
+    def _need_weight(self, name: str, extra: tuple) -> None:
+        accepted = (*MEASURES, *extra)
+        self._need(name, getattr(self, name) in accepted, f"one of {accepted}")
+
+    def _need_windows(self) -> None:
+        check_window("window", self.window)
+        if self.tail is not None:
+            check_window("tail", self.tail)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offline(_Checked):
+    """A vote over finished traces.
+
+    weight: `majority` (every trace 1), or the measure of `confidence.MEASURES` that weighs.
+    keep: percentage of traces that vote, the surest (the paper takes 10 and 90): those whose
+        measure reaches the (100 - keep)-th percentile of all that have an answer; None: all.
+    keep_by: the measure that decides who is kept; None: the weight, which then is a measure.
+    window, tail: tokens in a group and in the tail (None: as the window).
+    budget: only the first so many traces, by number; None: all.
+
+    Raises ValueError, naming the parameter, for a value outside its range.
+    """
+
+    weight: str = MAJORITY
+    keep: float | None = None
+    keep_by: str | None = None
+    window: int = WINDOW
+    tail: int | None = None
+    budget: int | None = None
+
+    def __post_init__(self):
+        valid = self.budget is None or (_is_int(self.budget) and self.budget >= 1)
+        self._need("budget", valid, "None or an integer >= 1")
+        self._need_weight("weight", (MAJORITY,))
+        self._need_weight("keep_by", (None,))
+        self._need_percent("keep", optional=True)
+        self._need_windows()
+        if self.keep is not None and self.keep_by is None and self.weight == MAJORITY:
+            raise ValueError("keep: a majority has no measure to keep traces by; give keep_by")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepConf(_Checked):
+    """Online DeepConf (the paper's algorithm 2) with every number it has; default: DeepConf-low.
+
+    k: likeliest tokens in a token's confidence.
+    window, tail: tokens in a group and in the tail (None: as the window).
+    warmup: traces that run to their end first, N_init; their lowest groups set the threshold.
+    budget: most traces, the warm-up included, K.
+    eta: percentage of warm-up traces to be at or above the threshold.
+    percentile: where among the warm-up's lowest groups the threshold lies; None: 100 - eta, as in
+        DeepConf. Falcon-H1R's report (arXiv 2601.02346) can be read as eta itself.
+    percentile_method: between two traces, as in numpy.percentile; the authors' code is linear.
+    tau: the vote ends all once the leader has this part of all weight; None: never.
+    weight: of a vote: a measure, or `majority`.
+    filter: a trace whose lowest group is below the threshold does not vote, even though it came to
+        its end; filter_warmup: nor if it is one of the warm-up.
+
+    A trace stops when the mean confidence of its last `window` tokens is below the threshold, not
+    at it, and never before it has that many tokens.
+
+    Raises ValueError, naming the parameter, for a value outside its range.
+    """
+
+    k: int = TOP_K
+    window: int = WINDOW
+    tail: int | None = None
+    warmup: int = 16
+    budget: int = 512
+    eta: float = 10.0
+    percentile: float | None = None
+    percentile_method: str = "linear"
+    tau: float | None = 0.95
+    weight: str = "lowest-group"
+    filter: bool = True
+    filter_warmup: bool = True
+
+    def __post_init__(self):
+        for name in ("k", "warmup", "budget"):
+            value = getattr(self, name)
+            self._need(name, _is_int(value) and value >= 1, "an integer >= 1")
+        self._need_windows()
+        self._need("budget", self.budget >= self.warmup, f"at least warmup, {self.warmup}")
+        self._need_percent("eta")
+        self._need_percent("percentile", zero=True, optional=True)
+        methods = PERCENTILE_METHODS
+        self._need("percentile_method", self.percentile_method in methods, f"one of {methods}")
+        valid = self.tau is None or (_is_number(self.tau) and 0 < self.tau <= 1)
+        self._need("tau", valid, "0 < tau <= 1, or None")
+        self._need_weight("weight", (MAJORITY,))
+        for name in ("filter", "filter_warmup"):
+            self._need(name, isinstance(getattr(self, name), bool), "True or False")
+
+    def threshold(self, lowest_groups: list[float]) -> float:
+        """From the lowest groups of the warm-up traces, answered or not."""
+        position = 100 - self.eta if self.percentile is None else self.percentile
+        return percentile(lowest_groups, position, self.percentile_method)
+
+
+PRESETS: dict[str, DeepConf] = {
+    "low": DeepConf(eta=10.0),  # strict: at the 90th percentile of the warm-up
+    "high": DeepConf(eta=90.0),  # lenient: at the 10th
+}
+
+
+def percentile(values: list[float], position: float, method: str = "linear") -> float:
+    """numpy.percentile of a list that is not empty."""
+    import numpy
+
+    return float(
+        numpy.percentile(numpy.asarray(values, dtype=numpy.float64), position, method=method)
+    )
+
+
+class Ballot(NamedTuple):
+    """A finished trace in an offline vote."""
+
+    trace: int
+    answer: str | None
+    measures: Measures
+
+
+def offline_vote(
+    ballots: Iterable[Ballot], policy: Offline, equality: Equality | None = None
+) -> Vote:
+    """The vote of an `Offline` policy; a trace without an answer neither votes nor counts for it.
+
+    The measures must have been taken with the policy's window and tail.
+    """
+    most = math.inf if policy.budget is None else policy.budget
+    answered = [b for b in ballots if b.answer is not None and b.trace < most]
+    if policy.keep is not None and answered:
+        by = policy.keep_by or policy.weight
+        values = [ballot.measures.of(by) for ballot in answered]
+        bar = percentile(values, 100 - policy.keep)
+        answered = [ballot for ballot, value in zip(answered, values) if value >= bar]
+    return vote(
+        ((b.trace, b.answer, weight_of(b.measures, policy.weight)) for b in answered), equality
+    )
+
+
+def weight_of(measures: Measures, name: str) -> float:
+    """What a trace's vote weighs."""
+    return 1.0 if name == MAJORITY else measures.of(name)
