@@ -111,7 +111,8 @@ def test_all_other_calls_do_not(twice):
     launch, Watch, ran = twice
     with Watch():
         launch(normal(3), torch.zeros(3))
-    assert torch.ops.falcon_h1r.test_twice.default in ran
+    # By name: what `torch.ops` holds may be the operator of an earlier test's definition.
+    assert "falcon_h1r::test_twice" in [function.name() for function in ran]
     with FakeTensorMode():
         assert type(launch(torch.empty(3), torch.empty(3))) is FakeTensor
     assert launch(torch.empty(3, device="meta"), torch.empty(3, device="meta")).is_meta
