@@ -132,9 +132,9 @@ def use_onednn(model, stream: bool = False):
 
     A bfloat16 model keeps its packed weights alone, layer by layer in place of the others (a tied
     head gets packed ones beside the embedding): it cannot be trained, saved or moved any more. A
-    float32 model keeps its weights, but gets no gradients. stream: as `generation.CompiledStep`
-    wants the layers; bfloat16 weights are then held twice. Raises ValueError with the reason where
-    oneDNN cannot serve it.
+    float32 model keeps its weights, but gets no gradients. stream: as the compiled step of
+    `generation/compiled.py` wants the layers; bfloat16 weights are then held twice. Raises
+    ValueError with the reason where oneDNN cannot serve it.
     """
     if reason := unusable(model):
         raise ValueError(f"use_onednn: {reason}")

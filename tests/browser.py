@@ -1,6 +1,6 @@
 """A headless Chromium, driven over its debugging protocol, for tests of written pages.
 
-Needs Debian's `chromium` (or Chrome) on the path and the package `websockets` (extra `browser`).
+Needs Debian's `chromium` (or Chrome) on the path and the package `websockets` (extra `test`).
 """
 
 import base64

@@ -4,7 +4,7 @@
 
 parity.png: the heat map of `falcon-h1r parity` on h1r-pico, beside the installed transformers.
 dissect.png: the attention figures of `falcon-h1r dissect`, as Chromium shows them (Debian's
-`chromium` and the extra `browser`).
+`chromium` and the extra `test`).
 """
 
 import argparse

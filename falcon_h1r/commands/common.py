@@ -34,26 +34,9 @@ def counting(text: str) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="PATH_OR_REPO",
-        help="checkpoint folder or hub repository id; default: the embedded h1r-pico",
-    )
-    group.add_argument("--revision", help="branch, tag or commit of a hub repository")
-    group.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights; default: as they are stored"
-    )
-    group.add_argument("--device", default="cpu", help="a torch device; default: cpu")
+    group = add_checkpoint_options(parser)
     group.add_argument(
         "--check", action="store_true", help="refuse weights that hold NaN or infinities"
-    )
-    group.add_argument(
-        "--ops",
-        choices=("torch", "reference", "triton"),
-        help="operator table; default: triton on a GPU, torch elsewhere. On a CPU, triton runs "
-        "slowly, through Triton's interpreter",
     )
     group.add_argument(
         "--fold",
@@ -77,6 +60,29 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="on a CPU, compile the decode step: some seconds first, then about twice the "
         "tokens/s; needs a C++ compiler, and room to hold bfloat16 weights twice",
     )
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser):
+    """Which weights, where and how; returns the group, for more of its kind."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="PATH_OR_REPO",
+        help="checkpoint folder or hub repository id; default: the embedded h1r-pico",
+    )
+    group.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights; default: as they are stored"
+    )
+    group.add_argument("--device", default="cpu", help="a torch device; default: cpu")
+    group.add_argument(
+        "--ops",
+        choices=("torch", "reference", "triton"),
+        help="operator table; default: triton on a GPU, torch elsewhere. On a CPU, triton runs "
+        "slowly, through Triton's interpreter",
+    )
+    return group
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

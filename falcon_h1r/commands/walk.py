@@ -7,7 +7,7 @@ import json
 import math
 import sys
 
-from .common import DEFAULT_MODEL, DTYPES, locate, operator_table
+from .common import add_checkpoint_options, locate, operator_table
 
 
 def add_to(commands) -> None:
@@ -32,23 +32,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """The prompt, and a checkpoint that is streamed; shared with `dissect`."""
     parser.add_argument("prompt", nargs="?", help="default: an example; '-': read stdin")
     parser.add_argument("--raw", action="store_true", help="no chat template around the prompt")
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="PATH_OR_REPO",
-        help="checkpoint folder or hub repository id; default: the embedded h1r-pico",
-    )
-    group.add_argument("--revision", help="branch, tag or commit of a hub repository")
-    group.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights; default: as they are stored"
-    )
-    group.add_argument("--device", default="cpu", help="a torch device; default: cpu")
-    group.add_argument(
-        "--ops",
-        choices=("torch", "reference", "triton"),
-        help="operator table; default: triton on a GPU, torch elsewhere",
-    )
+    add_checkpoint_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
