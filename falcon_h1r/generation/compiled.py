@@ -55,12 +55,16 @@ class CompiledStep:
         self._head = torch.compile(_head_step, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
-    def __call__(self, tokens_b: Tensor) -> Tensor:
-        """tokens_b: (b,) integers. Raises ValueError when a row is full."""
+    def __call__(self, tokens_b: Tensor, span: Span | None = None) -> Tensor:
+        """tokens_b: (b,) integers; span: of `Span.step`, else made here.
+
+        Raises ValueError when a row is full.
+        """
         model, cache = self._model, self._cache
-        work = torch.promote_types(model.dtype, torch.float32)
-        shape = (cache.batch_size, 1)
-        span = Span.plan(model.config, cache, shape, None, None, model.device, work)
+        if span is None:
+            work = torch.promote_types(model.dtype, torch.float32)
+            shape = (cache.batch_size, 1)
+            span = Span.plan(model.config, cache, shape, None, None, model.device, work)
         reach = self._reach[: span.total]
         torch._dynamo.mark_dynamic(reach, 0)
         layers = iter(self._layers)
