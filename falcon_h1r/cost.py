@@ -150,10 +150,10 @@ def render(name: str, values: dict[str, Any]) -> str:
     lines = [
         f"{name}, {values['dtype']}",
         f"parameters  {parameters['total']:,} ({parts})",
-        f"weights     {_size(values['weight_bytes'])}",
-        f"per token   {_size(values['kv_bytes_per_token'])} of keys and values",
-        f"per trace   {_size(sum(states.values()))} of state "
-        f"(SSM {_size(states['ssm'])}, convolution {_size(states['conv'])})",
+        f"weights     {in_units(values['weight_bytes'])}",
+        f"per token   {in_units(values['kv_bytes_per_token'])} of keys and values",
+        f"per trace   {in_units(sum(states.values()))} of state "
+        f"(SSM {in_units(states['ssm'])}, convolution {in_units(states['conv'])})",
         "",
         "One decode step: memory held; bytes moved for weights, KV and state; what bounds it",
     ]
@@ -175,8 +175,8 @@ def render(name: str, values: dict[str, Any]) -> str:
         cells = [
             f"{row['context']:,}",
             f"{row['traces']}",
-            _size(row["memory_bytes"]),
-            *(_size(moved[part]) for part in ("weights", "kv", "state")),
+            in_units(row["memory_bytes"]),
+            *(in_units(moved[part]) for part in ("weights", "kv", "state")),
             moved["bound"],
             f"{row['flops'] / 1e9:,.1f}",
             f"{row['flops_per_byte']:.1f}",
@@ -187,7 +187,8 @@ def render(name: str, values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _size(count: float) -> str:
+def in_units(count: float) -> str:
+    """Bytes for people, as in "1.5 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.4g} {unit}" if unit != "B" else f"{count:.0f} B"

@@ -17,7 +17,7 @@ from .graph import DecodeStep
 from .output import GenerateOutput, Step, collect
 from .params import SamplingParams, derive_seeds, per_prompt
 from .prompts import prefill_chunks, read_prompts
-from .rows import RowText
+from .rows import RowText, need_tokenizer, settle, stops_of
 from .sampling import Choice, Sampler
 
 
@@ -113,11 +113,9 @@ class Stream:
         self.params = [p for p in by_prompt for _ in range(self._n)]
         self.seeds = derive_seeds(params, len(self._prompts))
         self._check_lengths()
-        for p in self.params:
-            if p.needs_tokenizer and tokenizer is None:
-                name = "stop" if p.stop else "thinking_budget"
-                raise ValueError(f"{name}: needs a tokenizer, and none was given")
-        self._stop_ids = _stop_table(self.params, model.eos_token_ids)
+        for p in by_prompt:
+            need_tokenizer(p, tokenizer)
+        self._stops = [stops_of(p, model.eos_token_ids) for p in self.params]
         self._texts: list[RowText] | None = None
         if tokenizer is not None:
             self._texts = [
@@ -228,32 +226,16 @@ class Stream:
         """Read one step's tokens on the CPU: who ends and why, and what text became certain."""
         live = running[slots]
         sequences, tokens = slots[live], choice.tokens[live]
-        stopped = (tokens[:, None] == self._stop_ids[sequences]).any(1).tolist()
         finished: dict[int, str] = {}
         texts: dict[int, str] = {}
-        for i, token, is_stop in zip(sequences.tolist(), tokens.tolist(), stopped):
-            piece = ""
-            if is_stop:
-                finished[i] = "stop"
-            elif self._texts is not None:
-                piece, matched = self._texts[i].push(token)
-                if matched:
-                    finished[i] = "stop_string"
-            if i not in finished and position + 1 == self.params[i].max_new_tokens:
-                finished[i] = "length"
-            if self._texts is not None:
-                if i in finished:
-                    piece += self._texts[i].flush()
-                if piece:
-                    texts[i] = piece
+        for i, token in zip(sequences.tolist(), tokens.tolist()):
+            text = None if self._texts is None else self._texts[i]
+            piece, reason = settle(token, position, self._stops[i], self.params[i], text)
+            if reason is not None:
+                finished[i] = reason
+            if piece:
+                texts[i] = piece
         logprobs, top_ids, top_logprobs = (
             None if values is None else values[live] for values in choice[1:]
         )
         return Step(position, sequences, tokens, logprobs, top_ids, top_logprobs, finished, texts)
-
-
-def _stop_table(params: list[SamplingParams], default: tuple[int, ...]) -> Tensor:
-    """(sequences, most stop ids) int64, filled up with -1, which no token is."""
-    stops = [default if p.stop_token_ids is None else p.stop_token_ids for p in params]
-    widest = max(1, *map(len, stops))
-    return torch.tensor([[*ids, *[-1] * (widest - len(ids))] for ids in stops])

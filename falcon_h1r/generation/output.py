@@ -1,4 +1,4 @@
-"""What generation hands back: one `Step` at a time, and a `GenerateOutput` of all of them."""
+"""What generation hands back: a step at a time, and all of it at the end."""
 
 from __future__ import annotations
 
@@ -30,6 +30,40 @@ class Step(NamedTuple):
     top_logprobs: Tensor | None
     finished: dict[int, str]
     text: dict[int, str]
+
+
+class EngineStep(NamedTuple):
+    """One new token in every running trace; r may be 0 in a step that only read a prompt's piece.
+
+    number: of the step. traces, positions, tokens: (r,) int64, positions within the trace.
+    logprobs: (r,), or None if no running trace asked; top_ids, top_logprobs: (r, k), likeliest
+    first, for the largest k asked for, or None. finished: trace -> `stop`, `stop_string` or
+    `length`, of those that end here. text: trace -> text that became certain; empty without a
+    tokenizer. Tensors are on the CPU.
+    """
+
+    number: int
+    traces: Tensor
+    positions: Tensor
+    tokens: Tensor
+    logprobs: Tensor | None
+    top_ids: Tensor | None
+    top_logprobs: Tensor | None
+    finished: dict[int, str]
+    text: dict[int, str]
+
+
+class TraceOutput(NamedTuple):
+    """What is known of a trace. tokens: (n,) int64; logprobs: (n,), None if it did not ask (the
+    likeliest tokens go by in the steps and are not kept). reason: `stop`, `stop_string`, `length`,
+    that given to `Engine.end`, or `waiting` or `running`. text: None without a tokenizer."""
+
+    tokens: Tensor
+    logprobs: Tensor | None
+    reason: str
+    text: str | None
+    seed: int
+    prompt_tokens: int
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The text side of one sequence: what it says, where it stops, when its thinking is closed."""
+"""One sequence: where it stops; its text side, what it says and when its thinking is closed."""
 
 from __future__ import annotations
 
@@ -50,3 +50,33 @@ class RowText:
     def flush(self) -> str:
         """The text held back so far, when no more tokens will come."""
         return self._matcher.push(self._decoder.flush()) + self._matcher.flush()
+
+
+def settle(
+    token: int, position: int, stops: frozenset[int], params: SamplingParams, text: RowText | None
+) -> tuple[str, str | None]:
+    """A sequence's new token: (text that became certain, why the sequence ends here or None)."""
+    piece, reason = "", None
+    if token in stops:
+        reason = "stop"
+    elif text is not None:
+        piece, matched = text.push(token)
+        if matched:
+            reason = "stop_string"
+    if reason is None and position + 1 == params.max_new_tokens:
+        reason = "length"
+    if reason is not None and text is not None:
+        piece += text.flush()
+    return piece, reason
+
+
+def stops_of(params: SamplingParams, default: tuple[int, ...]) -> frozenset[int]:
+    """The tokens that end a sequence; default: the model's."""
+    return frozenset(default if params.stop_token_ids is None else params.stop_token_ids)
+
+
+def need_tokenizer(params: SamplingParams, tokenizer) -> None:
+    """Raise ValueError if text is needed and there is no tokenizer."""
+    if params.needs_tokenizer and tokenizer is None:
+        name = "stop" if params.stop else "thinking_budget"
+        raise ValueError(f"{name}: needs a tokenizer, and none was given")

@@ -174,10 +174,19 @@ class Sampler:
     """
 
     def __init__(self, params: list[SamplingParams], seeds: list[int], prompts, vocab: int, device):
-        def column(name: str, dtype=torch.float64) -> Tensor:
-            return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
+        self._vocab, self._device = vocab, device
+        self._params: list[SamplingParams] = []
+        self._rows: dict[str, Tensor] = {}
+        self.append(params, seeds, prompts)
 
-        self._rows = {
+    def append(self, params: list[SamplingParams], seeds: list[int], prompts) -> None:
+        """More rows behind the others; their sequences begin."""
+
+        def column(name: str, dtype=torch.float64) -> Tensor:
+            values = [getattr(p, name) for p in params]
+            return torch.tensor(values, dtype=dtype, device=self._device)
+
+        rows = {
             "temperature": column("temperature"),
             "top_k": column("top_k", torch.int64),
             "top_p": column("top_p"),
@@ -185,34 +194,56 @@ class Sampler:
             "repetition": column("repetition_penalty"),
             "presence": column("presence_penalty"),
             "frequency": column("frequency_penalty"),
-            "seed": torch.tensor(seeds, dtype=torch.int64, device=device),
+            "seed": torch.tensor(seeds, dtype=torch.int64, device=self._device),
         }
+        held = len(self._params)
+        self._params += params
+        self._survey()
+        shape = (len(params), self._vocab)
+        if self._repetition:
+            seen = torch.zeros(shape, dtype=torch.bool)
+            for row, ids in zip(seen, prompts):
+                row[ids] = True
+            rows["seen"] = seen.to(self._device)
+        if self._counting:
+            rows["counts"] = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        if held:
+            # Rows to which a table did not apply so far: they have no penalty.
+            for name in rows.keys() - self._rows.keys():
+                self._rows[name] = rows[name].new_zeros(held, self._vocab)
+            rows = {k: torch.cat([self._rows[k], rows[k]]) for k in rows}
+        self._rows = rows
+
+    def _survey(self) -> None:
+        """What any row asks for; the rest is not computed."""
+        params = self._params
         self._any_sampled = any(p.temperature > 0 for p in params)
-        self._largest_k = max(p.top_k for p in params)
+        self._largest_k = max((p.top_k for p in params), default=0)
         self._any_top_p = any(p.top_p < 1 for p in params)
         self._any_min_p = any(p.min_p > 0 for p in params)
         self._repetition = any(p.repetition_penalty != 1 for p in params)
         self._counting = any(p.presence_penalty or p.frequency_penalty for p in params)
         self._wants_logprobs = any(p.wants_logprobs for p in params)
-        self._alternatives = min(max(p.alternatives for p in params), vocab)
-        shape = (len(params), vocab)
-        if self._repetition:
-            seen = torch.zeros(shape, dtype=torch.bool)
-            for row, ids in zip(seen, prompts):
-                row[ids] = True
-            self._rows["seen"] = seen.to(device)
-        if self._counting:
-            self._rows["counts"] = torch.zeros(shape, dtype=torch.int32, device=device)
+        most = max((p.alternatives for p in params), default=0)
+        self._alternatives = min(most, self._vocab)
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, in their order."""
         self._rows = {k: v.index_select(0, rows.to(v.device)) for k, v in self._rows.items()}
+        self._params = [self._params[i] for i in rows.tolist()]
+        self._survey()
+        for name, wanted in (("seen", self._repetition), ("counts", self._counting)):
+            if not wanted:
+                self._rows.pop(name, None)
 
-    def choose(self, logits_rv: Tensor, position: int, forced_r: Tensor | None = None):
+    def choose(
+        self, logits_rv: Tensor, position: int | Tensor, forced_r: Tensor | None = None
+    ) -> tuple[Tensor, Choice]:
         """Returns (token ids (r,) on the logits' device, `Choice` on the CPU: one transfer).
 
-        position: index of the token in its sequence; forced_r: (r,) ids that replace the choice
-        where they are >= 0. Raises ValueError when a row's logits have no finite maximum.
+        position: index of the token in its sequence, of all rows or (r,); forced_r: (r,) ids that
+        replace the choice where they are >= 0. Raises ValueError when a row's logits have no finite
+        maximum.
         """
         rows, logits = self._rows, logits_rv
         if self._repetition:
@@ -231,14 +262,15 @@ class Sampler:
         choice = self._report(logits_rv, tokens)
         if bool((choice.tokens < 0).any()):
             row = int((choice.tokens < 0).int().argmax())
-            raise ValueError(f"row {row}, new token {position}: the model's logits are not finite")
+            at = int(torch.as_tensor(position).expand(len(choice.tokens))[row])
+            raise ValueError(f"row {row}, new token {at}: the model's logits are not finite")
         if self._repetition:
             rows["seen"].scatter_(1, tokens[:, None], True)
         if self._counting:
             rows["counts"].scatter_add_(1, tokens[:, None], rows["counts"].new_ones(len(tokens), 1))
         return tokens, choice
 
-    def _draw(self, logits: Tensor, position: int) -> Tensor:
+    def _draw(self, logits: Tensor, position: int | Tensor) -> Tensor:
         rows = self._rows
         logits = apply_temperature(logits, rows["temperature"])
         if self._largest_k:
