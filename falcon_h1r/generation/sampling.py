@@ -33,7 +33,9 @@ _SCALE = 2**52
 # one a probability of 0.
 _COLDEST = 1e-290
 # So many of the likeliest tokens are sorted before the whole vocabulary is.
-_HEAD = 1024
+_HEADS = (64, 1024)
+# Numbers that a draw works on at a time on a CPU: float64 that its caches hold.
+_PART = 2**18
 
 
 def _signed(value: int) -> int:
@@ -114,15 +116,18 @@ def filter_top_p(logits_rv: Tensor, top_p_r: Tensor) -> Tensor:
     """
     weights = _weights(logits_rv)
     goal_r = top_p_r.double() * weights.sum(1)
-    head = weights.topk(min(_HEAD, weights.shape[1]), dim=1).values
-    threshold_r = _crossing(head, goal_r)
+    threshold_r = torch.zeros_like(weights[:, 0])
     # Sorting a large vocabulary is the dear part, and its head nearly always reaches top_p; sums
     # are exact, so the answer is the same.
-    beyond = (head.sum(1) < goal_r) & (top_p_r < 1)
-    if bool(beyond.any()):
-        ordered = weights[beyond].sort(dim=1, descending=True).values
-        threshold_r[beyond] = _crossing(ordered, goal_r[beyond])
-    threshold_r = threshold_r.where(top_p_r < 1, 0)
+    open_r = top_p_r < 1
+    for size in (*_HEADS, weights.shape[1]):
+        rows = open_r.nonzero()[:, 0]
+        if len(rows) == 0:
+            break
+        searched = weights if len(rows) == len(weights) else weights[rows]
+        head = searched.topk(min(size, weights.shape[1]), dim=1).values
+        threshold_r[rows] = _crossing(head, goal_r[rows])
+        open_r[rows] = head.sum(1) < goal_r[rows]
     return logits_rv.where(weights >= threshold_r[:, None], -torch.inf)
 
 
@@ -272,16 +277,21 @@ class Sampler:
 
     def _draw(self, logits: Tensor, position: int | Tensor) -> Tensor:
         rows = self._rows
-        logits = apply_temperature(logits, rows["temperature"])
-        if self._largest_k:
-            logits = filter_top_k(logits, rows["top_k"], self._largest_k)
-        if self._any_top_p:
-            logits = filter_top_p(logits, rows["top_p"])
-        if self._any_min_p:
-            logits = filter_min_p(logits, rows["min_p"])
         # Greedy rows draw at 0: the lowest id among equals, as argmax.
-        sampled = rows["temperature"] > 0
-        return draw(logits, uniform(rows["seed"], position).where(sampled, 0))
+        uniform_r = uniform(rows["seed"], position).where(rows["temperature"] > 0, 0)
+        size = max(1, _PART // self._vocab) if logits.device.type == "cpu" else len(logits)
+        tokens = []
+        for start in range(0, len(logits), size):
+            part = slice(start, start + size)
+            x = apply_temperature(logits[part], rows["temperature"][part])
+            if self._largest_k:
+                x = filter_top_k(x, rows["top_k"][part], self._largest_k)
+            if self._any_top_p:
+                x = filter_top_p(x, rows["top_p"][part])
+            if self._any_min_p:
+                x = filter_min_p(x, rows["min_p"][part])
+            tokens.append(draw(x, uniform_r[part]))
+        return torch.cat(tokens)
 
     def _report(self, logits_rv: Tensor, tokens: Tensor) -> Choice:
         if not self._wants_logprobs:
