@@ -1,6 +1,6 @@
 """The commands, one file each: its part of the parser, and a function that runs it."""
 
-from . import bench, chat, convert, dissect, doctor, generate, info, parity, replay, walk
+from . import bench, chat, convert, dissect, doctor, generate, info, parity, replay, think, walk
 
 COMMANDS = (
     generate.add_to,
@@ -13,4 +13,5 @@ COMMANDS = (
     parity.add_to,
     doctor.add_to,
     replay.add_to,
+    think.add_to,
 )

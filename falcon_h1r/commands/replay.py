@@ -41,6 +41,9 @@ def add_to(commands) -> None:
     )
     numbers.add_argument("--warmup", type=counting, metavar="N", help="traces of the warm-up")
     numbers.add_argument(
+        "--min-voters", type=counting, metavar="N", help="fewest voters of a consensus"
+    )
+    numbers.add_argument(
         "--parallel",
         type=counting,
         metavar="N",
@@ -69,15 +72,27 @@ def add_to(commands) -> None:
         help="with --from-openai: use what there is where a token has fewer than 20",
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="picture of one record's confidences under the policy; with --compare, of the "
+        "accuracy of all policies against their tokens",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..reasoning import find_records, read_record
 
+    if args.plot is not None:
+        from ..reasoning.plot import check_picture
+
+        check_picture(args.plot)
     _import(args)
     folders = find_records(args.folder)
     records = [read_record(folder, tensors=False) for folder in folders]
+    if args.plot is not None:
+        _check_plot(args, records)
     equalities = [_equality(record, args.rule) for record in records]
     _remark(records, equalities)
     table = []
@@ -87,7 +102,56 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(_document(args, records, equalities, table), allow_nan=False))
     else:
         print(_render(table, records))
+    if args.plot is not None:
+        _plot(args, table, records, equalities)
     return 0
+
+
+def _check_plot(args: argparse.Namespace, records) -> None:
+    if args.compare:
+        if any(record.manifest.reference is None for record in records):
+            raise ValueError("--plot: accuracy needs a reference in every record")
+    elif len(records) > 1 or len(args.policy or ()) > 1:
+        raise ValueError("--plot: of one record and one policy, or with --compare")
+
+
+def _plot(args: argparse.Namespace, table: list[dict], records, equalities) -> None:
+    from ..reasoning import Offline, make_extractor
+    from ..reasoning.plot import FIRST, Point, plot_accuracy, plot_confidence
+
+    if not args.compare:
+        (record,), (result,) = records, table[0]["results"]
+        if args.extractor is not None:
+            extract = make_extractor(args.extractor)
+            traces = [
+                changed(t, answer=extract(t.text) if t.whole else None) for t in record.traces
+            ]
+            record = changed(record, traces=traces)
+        policy = _policy(args, *_names(args, records)[0], record)
+        plot_confidence(
+            record,
+            args.plot,
+            window=policy.window,
+            result=result.online,
+            answer=result.answer,
+            equality=equalities[0],
+        )
+        return
+    table = [row for row in table if not row["refused"]]
+    first = Offline(budget=1)
+    if table and all(record.traces and record.traces[0].whole for record in records):
+        results = [_replay(args, first, r, e) for r, e in zip(records, equalities)]
+        table = [{"policy": FIRST, "results": results}, *table]
+    points = [
+        Point(
+            row["policy"],
+            sum(result.right for result in row["results"]),
+            len(records),
+            sum(result.tokens for result in row["results"]),
+        )
+        for row in table
+    ]
+    plot_accuracy(points, args.plot, f"{len(records)} questions")
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -177,7 +241,8 @@ def _policy(args, name: str | None, eta: float | None, record):
     from ..reasoning import DeepConf, make_policy, recorded_policy
 
     own = recorded_policy(record)
-    given = {"window": args.window, "tau": args.tau, "budget": args.budget, "warmup": args.warmup}
+    names = ("window", "tau", "budget", "warmup", "min_voters")
+    given = {name: getattr(args, name) for name in names}
     given = {key: value for key, value in given.items() if value is not None}
     if name is None:
         return changed(own, **given)
@@ -185,8 +250,8 @@ def _policy(args, name: str | None, eta: float | None, record):
         given["window"] = own.window
     online = name.startswith("deepconf")
     if args.compare and not online:
-        # A row of the comparison has what it has; the other rows take these two.
-        given = {key: value for key, value in given.items() if key not in ("tau", "warmup")}
+        # A row of the comparison has what it has; the other rows take the rest.
+        given = {key: value for key, value in given.items() if key in ("window", "budget")}
     policy = make_policy(name, eta=eta, **given)
     if isinstance(policy, DeepConf):
         policy = changed(policy, k=record.manifest.k)

@@ -23,8 +23,11 @@ from .confidence import (
     trace_measures,
 )
 from .deepconf import PRESETS, Ballot, DeepConf, Offline, offline_vote
+from .live import LiveRun, Question, fitting_window, tokens_of_all
 from .online import Ended, Event, OnlinePolicy, OnlineResult, Outcome
 from .openai import import_responses, read_responses
+from .plain import PlainPolicy
+from .plot import wilson_interval
 from .recorder import TraceRecorder
 from .replay import POLICIES, Replayed, make_policy, recorded_policy, replay
 from .traces import Manifest, Record, Trace, find_records, read_record
@@ -40,12 +43,15 @@ __all__ = [
     "Ended",
     "Equality",
     "Event",
+    "LiveRun",
     "Manifest",
     "Measures",
     "Offline",
     "OnlinePolicy",
     "OnlineResult",
     "Outcome",
+    "PlainPolicy",
+    "Question",
     "Record",
     "Replayed",
     "RunningConfidence",
@@ -56,6 +62,7 @@ __all__ = [
     "confidence_of_logits",
     "find_records",
     "first_below",
+    "fitting_window",
     "group",
     "group_confidences",
     "import_responses",
@@ -69,6 +76,8 @@ __all__ = [
     "recorded_policy",
     "replay",
     "token_confidence",
+    "tokens_of_all",
     "trace_measures",
     "vote",
+    "wilson_interval",
 ]

@@ -97,7 +97,12 @@ class DeepConf(_Checked):
     percentile: where among the warm-up's lowest groups the threshold lies; None: 100 - eta, as in
         DeepConf. Falcon-H1R's report (arXiv 2601.02346) can be read as eta itself.
     percentile_method: between two traces, as in numpy.percentile; the authors' code is linear.
+    margin: nats by which a group must be below the threshold to count as below. The paper has none,
+        hence 0. Traces that say the same up to their lowest group differ there by the rounding of
+        batches of other widths only (some 1e-6 in float32), which a margin of 1e-4 leaves out.
     tau: the vote ends all once the leader has this part of all weight; None: never.
+    min_voters: and once this many traces vote. The paper has no such number, hence 1: with eta 10
+        and 16 traces of warm-up two may vote at its end, and end all if they agree.
     weight: of a vote: a measure, or `majority`.
     filter: a trace whose lowest group is below the threshold does not vote, even though it came to
         its end; filter_warmup: nor if it is one of the warm-up.
@@ -116,13 +121,15 @@ class DeepConf(_Checked):
     eta: float = 10.0
     percentile: float | None = None
     percentile_method: str = "linear"
+    margin: float = 0.0
     tau: float | None = 0.95
+    min_voters: int = 1
     weight: str = "lowest-group"
     filter: bool = True
     filter_warmup: bool = True
 
     def __post_init__(self):
-        for name in ("k", "warmup", "budget"):
+        for name in ("k", "warmup", "budget", "min_voters"):
             value = getattr(self, name)
             self._need(name, _is_int(value) and value >= 1, "an integer >= 1")
         self._need_windows()
@@ -131,6 +138,7 @@ class DeepConf(_Checked):
         self._need_percent("percentile", zero=True, optional=True)
         methods = PERCENTILE_METHODS
         self._need("percentile_method", self.percentile_method in methods, f"one of {methods}")
+        self._need("margin", _is_number(self.margin) and self.margin >= 0, "a finite number >= 0")
         valid = self.tau is None or (_is_number(self.tau) and 0 < self.tau <= 1)
         self._need("tau", valid, "0 < tau <= 1, or None")
         self._need_weight("weight", (MAJORITY,))

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..generation import SamplingParams, derive_seeds
 from .answers import Classes, Equality, Extractor, Vote, make_extractor, vote
 from .confidence import RunningConfidence, trace_measures
-from .deepconf import MAJORITY, DeepConf
+from .deepconf import MAJORITY, DeepConf, Offline
 
 LOW, CONSENSUS, INTERRUPTED = "low_confidence", "consensus", "interrupted"
 NATURAL = ("stop", "stop_string", "length")
@@ -67,8 +67,9 @@ class Outcome:
 @dataclass(frozen=True)
 class OnlineResult:
     """answer: the weighted vote's, None where no trace with a vote gave one. unfiltered: the same
-    vote without the threshold. done: `consensus`, `budget`, `interrupted`, or "" while running.
-    traces: all that were started, by number. log: every decision."""
+    vote without the threshold. done: `consensus`, `budget`, `interrupted`, "" while running, or
+    `all` of a `plain.PlainPolicy`, whose params are an `Offline`. traces: all that were started, by
+    number. log: every decision."""
 
     answer: str | None
     vote: Vote
@@ -77,7 +78,7 @@ class OnlineResult:
     done: str
     traces: tuple[Outcome, ...]
     log: tuple[Event, ...]
-    params: DeepConf
+    params: DeepConf | Offline
 
     @property
     def tokens(self) -> int:
@@ -192,7 +193,7 @@ class OnlinePolicy:
                 self._kept[trace].append(value)
         stops: dict[int, str] = {}
         if self.threshold is not None:
-            below = self._confidence.full(traces) & (group < self.threshold)
+            below = self._confidence.full(traces) & (group < self.threshold - self.params.margin)
             low = sorted(zip(traces[below].tolist(), group[below].tolist()))
             for trace, value in low:
                 if trace not in finished:
@@ -202,10 +203,7 @@ class OnlinePolicy:
             reason, text = finished[trace]
             self._end(trace, reason, self._extract(text))
         if self.threshold is None and self._started == self.params.warmup and not self._running:
-            lowest = self._confidence.lowest(torch.arange(self.params.warmup))
-            self.threshold = self.params.threshold(lowest.tolist())
-            self._classes[True] = Classes(self._equality)
-            self._note("threshold", value=self.threshold)
+            self._end_warmup()
         self._finish(stops, bool(finished))
         self.steps += 1
         return stops
@@ -259,6 +257,10 @@ class OnlinePolicy:
         counts, groups = values.counts[rows].tolist(), values.group(rows).tolist()
         return list(zip(counts, groups, values.mean(rows).tolist()))
 
+    def answer(self, trace: int) -> str | None:
+        """Of a trace that came to its own end; None of others, and where it gave none."""
+        return self._answers.get(trace)
+
     def _check(self, traces, tokens, confidence, finished) -> None:
         numbers = traces.tolist()
         if self.done:
@@ -294,6 +296,12 @@ class OnlinePolicy:
             self._answers[trace] = value
         self._weights[trace] = self._weight(trace)
 
+    def _end_warmup(self) -> None:
+        lowest = self._confidence.lowest(torch.arange(self.params.warmup))
+        self.threshold = self.params.threshold(lowest.tolist())
+        self._classes[True] = Classes(self._equality)
+        self._note("threshold", value=self.threshold)
+
     def _weight(self, trace: int) -> float:
         params, row = self.params, torch.tensor([trace])
         if params.weight == MAJORITY:
@@ -309,9 +317,8 @@ class OnlinePolicy:
         if filtered and self.threshold is not None and self.params.filter:
             lowest = self._confidence.lowest(torch.tensor(traces, dtype=torch.int64)).tolist()
             spared = 0 if self.params.filter_warmup else self.params.warmup
-            traces = [
-                t for t, value in zip(traces, lowest) if value >= self.threshold or t < spared
-            ]
+            bar = self.threshold - self.params.margin
+            traces = [t for t, value in zip(traces, lowest) if value >= bar or t < spared]
         ballots = [(t, self._answers[t], self._weights[t]) for t in traces]
         return vote(ballots, classes=self._classes[filtered])
 
@@ -319,17 +326,19 @@ class OnlinePolicy:
         """Whether this step was the last; adds the traces that the consensus ends to `stops`."""
         if self.threshold is None:
             return
-        tau = self.params.tau
-        share = self._vote(True).share if voted and tau is not None else 0.0
-        if tau is not None and share >= tau:
+        if voted and self.params.tau is not None and self._agreed(tally := self._vote(True)):
             self.done = CONSENSUS
-            self._note(CONSENSUS, value=share)
+            self._note(CONSENSUS, value=tally.share)
             for trace in self.running:
                 stops[trace] = CONSENSUS
                 self._end(trace, CONSENSUS)
         elif self._started == self.params.budget and not self._running:
             self.done = "budget"
             self._note("budget")
+
+    def _agreed(self, tally: Vote) -> bool:
+        voters = sum(len(candidate.traces) for candidate in tally.candidates)
+        return tally.share >= self.params.tau and voters >= self.params.min_voters
 
     def _note(self, what: str, traces: list[int] | None = None, value=None) -> None:
         for trace in [None] if traces is None else traces:

@@ -64,15 +64,17 @@ def make_policy(
     tau: float | None = None,
     budget: int | None = None,
     warmup: int | None = None,
+    min_voters: int | None = None,
 ) -> Offline | DeepConf:
     """A policy by its name in `POLICIES`; what is None keeps its default.
 
     eta: percentage of traces kept: by the filter of an offline policy, or of `deepconf`'s warm-up.
-    A majority keeps by the lowest group. tau, warmup: of the online ones only.
+    A majority keeps by the lowest group. tau, warmup, min_voters: of the online ones only.
     Raises ValueError for an unknown name, and for an option that the policy has not.
     """
     if name in (MAJORITY, *MEASURES):
-        for option, value in (("tau", tau), ("warmup", warmup)):
+        online = {"tau": tau, "warmup": warmup, "min_voters": min_voters}
+        for option, value in online.items():
             if value is not None:
                 raise ValueError(f"{option}: the policy {name} has none, the online ones have")
         keep_by = "lowest-group" if name == MAJORITY and eta is not None else None
@@ -81,6 +83,7 @@ def make_policy(
     if name not in POLICIES:
         raise ValueError(f"policy {name!r}: known are {', '.join(POLICIES)}")
     given = {"window": window, "eta": eta, "tau": tau, "budget": budget, "warmup": warmup}
+    given["min_voters"] = min_voters
     given = {key: value for key, value in given.items() if value is not None}
     if eta is not None and name in _ONLINE:
         raise ValueError(f"eta: {name} has its own, {_ONLINE[name].eta:g}; deepconf takes one")

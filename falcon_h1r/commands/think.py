@@ -1,0 +1,276 @@
+"""`falcon-h1r think`: one question, or a file of them, answered by a vote of traces."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from . import common
+from .think_setup import Asked, Setup, memory_size, prepare
+
+INTERRUPTED = 130
+ROWS = 64
+
+
+def add_to(commands) -> None:
+    parser = commands.add_parser(
+        "think",
+        help="answer a question by a vote of many traces",
+        description="Sample many traces of a question side by side, stop those that are unsure of "
+        "themselves and all of them once the vote is clear (DeepConf, arXiv 2508.15260), and "
+        "answer by the vote. The answer goes to stdout, a view of what runs to stderr. Ctrl-C "
+        "votes over what there is.",
+    )
+    parser.add_argument("question", nargs="?", help="the question, as a user's message")
+    parser.add_argument(
+        "--questions",
+        metavar="FILE",
+        help='many: a line {"question": ..., "reference": ...} each (JSONL); they share the rows. '
+        "With --record a run that was cut short is taken up again by the same command. The seed's "
+        "default is 0",
+    )
+    parser.add_argument("--reference", metavar="TEXT", help="the right answer: says if it is found")
+    parser.add_argument(
+        "--raw", action="store_true", help="no chat template: continue the text itself"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat template")
+    _add_policy(parser)
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--rows", type=common.counting, default=ROWS, metavar="N", help="most traces at a time; 64"
+    )
+    running.add_argument(
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="most bytes for caches, such as 8GiB: fewer rows where they do not fit; default: "
+        "three quarters of what is free once the weights are read",
+    )
+    running.add_argument(
+        "--prefill-chunk",
+        type=common.counting,
+        default=512,
+        metavar="N",
+        help="most tokens of a prompt read between two steps; 512",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--record",
+        metavar="FOLDER",
+        help="keep every trace, for falcon-h1r replay; with --questions a folder of records",
+    )
+    output.add_argument(
+        "--record-top",
+        type=int,
+        metavar="N",
+        help="likeliest tokens of every position in the record; default: k; 0: none, some nine "
+        "times smaller",
+    )
+    output.add_argument(
+        "--plot", metavar="FILE", help="picture of the confidences along all traces, such as x.png"
+    )
+    output.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    output.add_argument("--quiet", action="store_true", help="nothing but the answer")
+    common.add_model_options(parser)
+    common.add_sampling_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    counting = common.counting
+    group = parser.add_argument_group(
+        "policy",
+        "Defaults are DeepConf's, except the temperature, 0.6, and top-p, 0.95, where the "
+        "checkpoint has none, and the window.",
+    )
+    group.add_argument(
+        "--preset", choices=("low", "high"), help="stops many traces (default), or few"
+    )
+    group.add_argument(
+        "--policy",
+        choices="majority mean lowest-group bottom-10 tail deepconf deepconf-low deepconf-high"
+        "".split(),
+        metavar="NAME",
+        help="majority, or a vote weighted by mean, lowest-group, bottom-10 or tail: no trace is "
+        "stopped; or deepconf, deepconf-low, deepconf-high",
+    )
+    options = {
+        "--budget": (counting, "N", "most traces; default: 512, without DeepConf 64"),
+        "--warmup": (counting, "N", "traces that run to their end first; 16"),
+        "--window": (
+            counting,
+            "N",
+            "tokens in a group; default: 2048, or 1/32 of --max-new-tokens where that is less, at "
+            "least 8",
+        ),
+        "--tail": (counting, "N", "tokens in the tail; default: as the window"),
+        "--eta": (
+            float,
+            "P",
+            "percentage of the warm-up at or above the threshold; low 10, high "
+            "90. Without DeepConf: of the traces that vote",
+        ),
+        "--percentile": (float, "P", "where in the warm-up the threshold lies; default: 100 - eta"),
+        "--percentile-method": (str, "NAME", "between two traces, as in numpy; linear"),
+        "--margin": (float, "X", "nats that a group must be below the threshold by; 0"),
+        "--tau": (float, "X", "share of a consensus; 0.95"),
+        "--min-voters": (counting, "N", "fewest voters of a consensus; 1"),
+        "--weight": (str, "NAME", "of a vote: a measure, or majority; lowest-group"),
+        "--k": (counting, "N", "likeliest tokens in a token's confidence; 20"),
+    }
+    for name, (kind, metavar, help_text) in options.items():
+        group.add_argument(name, type=kind, metavar=metavar, help=help_text)
+    flags = {
+        "--no-consensus": "go on to the end of the budget",
+        "--no-filter": "traces below the threshold vote too",
+        "--no-filter-warmup": "those of the warm-up do",
+    }
+    for name, help_text in flags.items():
+        group.add_argument(name, action="store_true", help=help_text)
+    group.add_argument(
+        "--extractor",
+        default="boxed",
+        metavar="SPEC",
+        help="how an answer is read: boxed (default), number, choice, line, several with commas, "
+        "or re:PATTERN",
+    )
+    group.add_argument(
+        "--rule",
+        choices=("auto", "exact", "math-verify"),
+        default="auto",
+        help="how answers are compared; auto: math-verify where it is installed",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    setup = prepare(args)
+    say(args, *setup.notes)
+    if args.questions is not None:
+        from .think_many import run_many
+
+        return run_many(args, setup)
+    if args.record is not None or args.plot is None:
+        return _run_one(args, setup, setup.questions[0])
+    # The picture is drawn from a record; without --record nobody keeps it.
+    with tempfile.TemporaryDirectory() as folder:
+        return _run_one(args, setup, setup.questions[0]._replace(folder=Path(folder)))
+
+
+def say(args: argparse.Namespace, *notes: str) -> None:
+    for note in notes:
+        if not args.quiet:
+            print(f"[{note}]", file=sys.stderr)
+
+
+def start_engine(args: argparse.Namespace, setup: Setup, questions: list[Asked]):
+    """An engine for the questions; ValueError where one of them does not fit its memory."""
+    from ..generation import Engine
+
+    model = common.load_model(args)
+    rows = min(args.rows, len(questions) * setup.params.budget)
+    engine = Engine(
+        model,
+        # Text is read once, at a trace's end, unless the engine must follow it.
+        setup.tokenizer if setup.sampling.needs_tokenizer else None,
+        max_rows=rows,
+        memory_budget=free_memory(args.device) if args.memory is None else args.memory,
+        prefill_chunk=args.prefill_chunk,
+        graph=True if args.compile else None,
+    )
+    # Refused here, before a record of it is begun.
+    longest = max(questions, key=lambda asked: len(asked.ids))
+    for number in engine.add(longest.ids, setup.sampling, seeds=[0]):
+        engine.end([number], "probe")
+        engine.pop(number)
+    return engine
+
+
+def free_memory(device: str) -> int | None:
+    """Three quarters of the bytes that are free on a device; None where the system does not say."""
+    import torch
+
+    free = None
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    elif (info := Path("/proc/meminfo")).exists():
+        lines = dict(line.split(":") for line in info.read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    return None if free is None else free * 3 // 4
+
+
+def start_question(args: argparse.Namespace, setup: Setup, asked: Asked):
+    from ..reasoning import Question, TraceRecorder
+
+    recorder = None
+    if asked.folder is not None:
+        top = 0 if args.record is None else args.record_top
+        recorder = TraceRecorder(asked.folder, setup.manifest(args, asked), top)
+    policy = setup.policy(args, asked)
+    return Question(asked.ids, policy, setup.sampling, recorder=recorder, name=asked.name)
+
+
+def _run_one(args: argparse.Namespace, setup: Setup, asked: Asked) -> int:
+    from ..reasoning import LiveRun, read_record
+    from .think_view import View, report
+
+    engine = start_engine(args, setup, [asked])
+    question = start_question(args, setup, asked)
+    live = LiveRun(engine, [question], setup.tokenizer)
+    with View(args, setup.tokenizer, args.extractor) as view:
+        interrupted = live.run(view)
+    result = question.policy.result()
+    right = None
+    if asked.reference is not None:
+        right = result.answer is not None and setup.equality.same(asked.reference, result.answer)
+    if args.json:
+        document = _document(args, setup, asked, question, engine, right)
+        print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+    elif args.quiet:
+        print("no answer" if result.answer is None else result.answer)
+    else:
+        print(report(result, question.seconds, right, engine.plan(), asked.seed))
+    if args.plot is not None and not result.tokens:
+        say(args, "no picture: there are no tokens to draw")
+    elif args.plot is not None:
+        from ..reasoning.plot import plot_confidence
+
+        plot_confidence(
+            read_record(asked.folder, tensors=False),
+            args.plot,
+            window=setup.params.window,
+            result=result,
+            equality=setup.equality,
+        )
+        say(args, f"picture: {args.plot}")
+    return INTERRUPTED if interrupted else 0
+
+
+def _document(args, setup: Setup, asked: Asked, question, engine, right: bool | None) -> dict:
+    from ..reasoning import tokens_of_all
+
+    result, plan = question.policy.result(), engine.plan()
+    everything = tokens_of_all(result)
+    return {
+        "model": args.model,
+        "question": asked.text,
+        "prompt": asked.prompt,
+        "prompt_tokens": len(asked.ids),
+        "answer": result.answer,
+        "reference": asked.reference,
+        "right": right,
+        "extractor": args.extractor,
+        "rule": setup.equality.rule,
+        "sampling": setup.manifest(args, asked).sampling,
+        "seeds": [trace.seed for trace in result.traces],
+        "tokens": result.tokens,
+        "estimated_tokens_of_all": everything,
+        "estimated_saved": None if everything is None else everything - result.tokens,
+        "seconds": question.seconds,
+        "tokens_per_second": question.tokens / question.seconds if question.seconds else None,
+        "plan": {**plan._asdict(), "text": str(plan)},
+        "record": None if args.record is None else str(asked.folder),
+        "result": result.to_dict(),
+    }

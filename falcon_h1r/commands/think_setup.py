@@ -1,0 +1,267 @@
+"""What `falcon-h1r think` is asked for, checked before any weights are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import common
+
+if TYPE_CHECKING:
+    from ..generation import SamplingParams
+    from ..reasoning import DeepConf, Equality, Manifest, Offline
+    from ..text import Tokenizer
+
+# Where neither the user nor the checkpoint says otherwise: the paper's, of most of its models.
+TEMPERATURE, TOP_P = 0.6, 0.95
+SAMPLES = 64  # of plain sampling
+_UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate(["", "k", "M", "G", "T"])}}
+_UNITS.update({f"{p}iB": 1024**i for i, p in enumerate(["K", "M", "G", "T"], start=1)})
+# Of a `DeepConf`, by option; None keeps the preset's.
+_NUMBERS = (
+    "k window tail warmup budget eta percentile percentile_method margin tau min_voters weight"
+)
+
+
+class Asked(NamedTuple):
+    """A question with its prompt. name: "" of a single one. seed: of its first trace."""
+
+    name: str
+    text: str
+    reference: str | None
+    prompt: str
+    ids: list[int]
+    seed: int
+    folder: Path | None
+
+
+class Setup(NamedTuple):
+    """notes: what the user should know before it starts."""
+
+    tokenizer: Tokenizer
+    sampling: SamplingParams
+    params: DeepConf | Offline
+    k: int
+    equality: Equality
+    questions: list[Asked]
+    notes: list[str]
+
+    def manifest(self, args: argparse.Namespace, asked: Asked) -> Manifest:
+        from ..reasoning import DeepConf, Manifest
+
+        sampling = asdict(self.sampling)
+        for name in ("n", "seed", "logprobs", "stop_token_ids"):  # stands elsewhere, or is k
+            del sampling[name]
+        online = isinstance(self.params, DeepConf)
+        return Manifest(
+            k=self.k,
+            question=asked.text,
+            prompt=asked.prompt,
+            prompt_tokens=len(asked.ids),
+            reference=asked.reference,
+            model=args.model,
+            sampling=sampling,
+            seed=asked.seed,
+            stop_token_ids=list(self.sampling.stop_token_ids),
+            extractor=args.extractor,
+            rule=self.equality.rule,
+            policy=self.params.to_dict() if online else None,
+        )
+
+    def policy(self, args: argparse.Namespace, asked: Asked):
+        from ..reasoning import DeepConf, OnlinePolicy, PlainPolicy
+
+        options = {
+            "seed": asked.seed,
+            "equality": self.equality,
+            "extractor": args.extractor,
+            "stop_token_ids": self.sampling.stop_token_ids,
+        }
+        if isinstance(self.params, DeepConf):
+            return OnlinePolicy(self.params, **options)
+        return PlainPolicy(self.params, k=self.k, **options)
+
+
+def memory_size(text: str) -> int:
+    """Bytes, as an argparse type: `8GiB`, `512 MB`, `1000000`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2] not in _UNITS:
+        units = ", ".join(unit for unit in _UNITS if unit)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number and one of {units}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def prepare(args: argparse.Namespace) -> Setup:
+    """Raises ValueError for whatever can be known to be wrong without the weights."""
+    from ..checkpoint import read_config, resolve
+    from ..generation import derive_seeds
+    from ..reasoning import DeepConf, Equality, make_extractor
+
+    texts = _texts(args)
+    make_extractor(args.extractor)
+    equality = Equality(args.rule)
+    _check_files(args)
+    if args.system is not None and args.raw:
+        raise ValueError("--system: not with --raw, which has no chat template")
+    request = common.prepare(args, temperature=TEMPERATURE, top_p=TOP_P)
+    config = read_config(
+        resolve(common.locate(args.model, args.revision), args.revision, weights=False)
+    )
+    tokenizer, sampling = request.tokenizer, request.params
+    if sampling.temperature == 0 and args.temperature is None:
+        sampling = replace(sampling, temperature=TEMPERATURE)  # of a checkpoint that is greedy
+    rendered = [_render(args, tokenizer, text) for _, text, _ in texts]
+    longest = max(len(ids) for _, ids in rendered)
+    limit = config.max_position_embeddings
+    sampling = common.fit(sampling, request.max_new_given, longest, limit)
+    for (name, _, _), (_, ids) in zip(texts, rendered):
+        _check_length(name, len(ids), sampling.max_new_tokens, limit)
+    params, k, notes = _policy(args, sampling.max_new_tokens)
+    if k > config.vocab_size:
+        raise ValueError(f"k is {k}, the vocabulary has {config.vocab_size} tokens")
+    if args.record_top is not None and not 0 <= args.record_top <= k:
+        raise ValueError(f"--record-top is {args.record_top}, expected 0 .. {k}, which is k")
+    if sampling.temperature == 0 and params.budget > 1:
+        raise ValueError("temperature is 0: all traces would be the same; a vote needs one above 0")
+    if args.questions is not None and args.seed is None:
+        sampling = replace(sampling, seed=0)  # a run that is taken up again must have the same
+    # As a batch of prompts has them in `generate`, so that no two traces of a run share one.
+    seeds = derive_seeds(replace(sampling, n=params.budget), len(texts))[:: params.budget]
+    questions = [
+        Asked(name, text, reference, prompt, ids, seed, _folder(args, name))
+        for (name, text, reference), (prompt, ids), seed in zip(texts, rendered, seeds)
+    ]
+    if isinstance(params, DeepConf) and params.window >= sampling.max_new_tokens:
+        notes.append(
+            f"window {params.window}: no trace fills it before its last token, number "
+            f"{sampling.max_new_tokens}, so none is ever stopped"
+        )
+    return Setup(tokenizer, sampling, params, k, equality, questions, notes)
+
+
+def _texts(args: argparse.Namespace) -> list[tuple[str, str, str | None]]:
+    """(name, question, reference) of each."""
+    if args.questions is None:
+        if args.question is None:
+            raise ValueError("no question: give it as an argument, or --questions FILE")
+        if not args.question.strip():
+            raise ValueError("the question is empty")
+        return [("", args.question, args.reference)]
+    for name in ("question", "reference", "plot"):  # of one question
+        if getattr(args, name) is not None:
+            option = "a question" if name == "question" else f"--{name}"
+            raise ValueError(f"{option}: not with --questions")
+    texts = []
+    with open(args.questions, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                texts.append((f"q{number:05}", *_entry(line, f"{args.questions}, line {number}")))
+    if not texts:
+        raise ValueError(f"{args.questions}: holds no questions")
+    return texts
+
+
+def _entry(line: str, place: str) -> tuple[str, str | None]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON: {error}") from error
+    question = entry.get("question") if isinstance(entry, dict) else None
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f'{place}: expected {{"question": text, "reference": text or null}}')
+    reference = entry.get("reference")
+    if isinstance(reference, (int, float)) and not isinstance(reference, bool):
+        reference = str(reference)
+    if not isinstance(reference, (str, type(None))):
+        raise ValueError(f"{place}: the reference is neither a text nor a number")
+    return question, reference
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    from ..reasoning.plot import check_picture
+    from ..reasoning.traces import LINES, MANIFEST
+
+    if args.plot is not None:
+        check_picture(args.plot)
+    if args.record is None:
+        if args.record_top is not None:
+            raise ValueError("--record-top: only with --record")
+        return
+    folder = Path(args.record)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--record: {folder} is no folder")
+    if (folder / MANIFEST).exists() or (folder / LINES).exists():
+        raise ValueError(f"--record: {folder} already holds a trace record")
+
+
+def _folder(args: argparse.Namespace, name: str) -> Path | None:
+    return None if args.record is None else Path(args.record) / name
+
+
+def _render(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> tuple[str, list[int]]:
+    if args.raw or not tokenizer.chat_templates:
+        if args.system is not None:
+            raise ValueError("--system: this checkpoint has no chat template")
+        return text, tokenizer.encode(text)
+    messages = [{"role": "user", "content": text}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    rendered = tokenizer.apply_chat_template(messages)
+    return rendered, tokenizer.encode(rendered, add_special_tokens=False)
+
+
+def _check_length(name: str, prompt: int, new: int, limit: int) -> None:
+    if prompt + new > limit:
+        raise ValueError(
+            f"{name or 'the question'}: {prompt} tokens with its template, and {new} new ones, "
+            f"are more than max_position_embeddings {limit}"
+        )
+
+
+def _policy(args: argparse.Namespace, longest: int) -> tuple[DeepConf | Offline, int, list[str]]:
+    """The policy, its k, and what is to be said of them."""
+    from ..reasoning import MEASURES, PRESETS, DeepConf, Offline, fitting_window
+    from ..reasoning.confidence import TOP_K, WINDOW
+    from ..reasoning.deepconf import MAJORITY
+
+    given = {name: getattr(args, name) for name in _NUMBERS.split()}
+    given = {name: value for name, value in given.items() if value is not None}
+    notes = []
+    if "window" not in given and (window := fitting_window(longest)) != WINDOW:
+        given["window"] = window
+        notes.append(
+            f"window {window}: a group of {WINDOW} is for traces of up to 64 Ki tokens; "
+            f"these have at most {longest}"
+        )
+    plain = args.policy in (MAJORITY, *MEASURES)
+    flags = {"no_consensus": "tau", "no_filter": "filter", "no_filter_warmup": "filter_warmup"}
+    for flag, name in flags.items():
+        if getattr(args, flag):
+            if name in given:
+                raise ValueError(f"--{flag.replace('_', '-')}: not with --{name}")
+            given[name] = None if name == "tau" else False
+    if not plain:
+        if args.policy is not None and args.preset is not None:
+            raise ValueError("--policy, --preset: give one of the two")
+        named = args.preset or (args.policy or "deepconf-low").removeprefix("deepconf").strip("-")
+        base = PRESETS[named] if named else DeepConf()
+        params = replace(base, **given)
+        return params, params.k, notes
+    if args.preset is not None:
+        raise ValueError(f"--preset: of DeepConf, the policy is {args.policy}")
+    k = given.pop("k", TOP_K)
+    keep = given.pop("eta", None)
+    budget = given.pop("budget", SAMPLES)
+    offline = {name: given.pop(name) for name in ("window", "tail") if name in given}
+    if given:
+        option = next(iter(given)).replace("_", "-")
+        raise ValueError(f"--{option}: the policy {args.policy} has none, the online ones have")
+    keep_by = "lowest-group" if args.policy == MAJORITY and keep is not None else None
+    params = Offline(weight=args.policy, keep=keep, keep_by=keep_by, budget=budget, **offline)
+    if keep is None and args.policy == MAJORITY:
+        notes = []  # no measure counts
+    return params, k, notes
