@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .inductor import as_buffer, in_cpu_graph
 from .precision import compute_dtype
+
+# From so many rows on a compiled step attends in loops of its own: a library's call starts anew for
+# every row and key head.
+LOOP_ROWS = 16
 
 
 def attention_reference(
@@ -78,8 +83,24 @@ def decode_attention(
     mask = None
     if lengths_b is not None:
         mask = (torch.arange(s, device=q_bhe.device) < lengths_b[:, None])[:, None, None]
-    o = F.scaled_dot_product_attention(q_bhe.view(b, j, h // j, e), k_bjse, v_bjse, attn_mask=mask)
+    q_bjre = q_bhe.view(b, j, h // j, e)
+    if b >= LOOP_ROWS and in_cpu_graph(q_bhe):
+        return _attention_in_loops(q_bjre, k_bjse, v_bjse, mask).reshape(b, h, e)
+    o = F.scaled_dot_product_attention(q_bjre, k_bjse, v_bjse, attn_mask=mask)
     return o.reshape(b, h, e)
+
+
+def _attention_in_loops(q_bjre: Tensor, k_bjse: Tensor, v_bjse: Tensor, mask) -> Tensor:
+    """One query in r heads per key head as sums of products, for Inductor: two loops, over the
+    keys and over the values, each for all r heads at once."""
+    work = compute_dtype(q_bjre)
+    q, k, v = as_buffer(q_bjre.to(work)), k_bjse.to(work), v_bjse.to(work)
+    scores = [(k * head[:, :, None]).sum(-1) for head in q.unbind(2)]
+    scores_bjrs = torch.stack(scores, 2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores_bjrs = scores_bjrs.masked_fill(~mask, -torch.inf)
+    shares = as_buffer(scores_bjrs.softmax(-1)).unbind(2)
+    return torch.stack([(v * head[..., None]).sum(2) for head in shares], 2).to(q_bjre.dtype)
 
 
 def visible_keys(l: int, s: int, query_offset_b, seq_idx_bl, device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .inductor import as_buffer, in_cpu_graph
 from .precision import compute_dtype
 
 
@@ -72,6 +73,11 @@ def causal_conv1d(
     history_blc, _ = _with_history(x_blc, w, initial_window_bvc, None)
     work = compute_dtype(x_blc)
     bias = None if bias_c is None else bias_c.to(work)
+    if in_cpu_graph(x_blc):  # one loop over all taps
+        weight_wc, l = as_buffer(weight_cw.to(work).T), x_blc.shape[1]
+        y_blc = sum(history_blc[:, i : i + l].to(work) * weight_wc[i] for i in range(w))
+        y_blc = F.silu(y_blc if bias is None else y_blc + bias).to(x_blc.dtype)
+        return y_blc, _final_window(history_blc, w, lengths_b, None)
     image_bc1l = history_blc.to(work).mT[:, :, None]
     y_bc1l = F.conv2d(image_bc1l, weight_cw.to(work)[:, None, None], bias, groups=c)
     y_blc = F.silu(y_bc1l, inplace=True)[:, :, 0].mT.to(x_blc.dtype)
@@ -87,7 +93,8 @@ def causal_conv1d_step(
     assert window_bvc.shape == (b, w - 1, c) and weight_cw.shape[0] == c, window_bvc.shape
     work = compute_dtype(x_bc)
     history_bwc = torch.cat([window_bvc, x_bc[:, None].to(window_bvc.dtype)], dim=1)
-    y = (history_bwc.to(work) * weight_cw.to(work).T).sum(1)
+    weight_wc = as_buffer(weight_cw.to(work).T)  # its columns cannot be read as vectors
+    y = (history_bwc.to(work) * weight_wc).sum(1)
     if bias_c is not None:
         y = y + bias_c.to(work)
     window_bvc.copy_(history_bwc[:, 1:].detach())

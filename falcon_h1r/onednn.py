@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .precision import compute_dtype
 
 # Up to this many rows a compiled step streams the weights. Beyond, arithmetic is the limit, at
-# which a library is better: packed bfloat16 from 3 rows on, MKL in float32 from 9.
+# which oneDNN is better: from 3 rows on with packed bfloat16, from 9 in float32.
 STREAMED_ROWS = {torch.float32: 8, torch.bfloat16: 2}
 
 _layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
@@ -31,8 +31,9 @@ _keys = itertools.count()
 class OneDNNLinear(nn.Module):
     """An `nn.Linear` without gradients.
 
-    bfloat16: `packed` in oneDNN's order; float32: `weight` with its columns in sequence. stream:
-    `weight` stays as it is, beside the packed one in bfloat16, for compiled steps.
+    bfloat16: `packed` in oneDNN's order; float32: `weight` with its columns in sequence, or as it
+    is where it is streamed or the embedding's. stream: `weight` stays as it is, beside the packed
+    one in bfloat16, for compiled steps.
     """
 
     def __init__(self, linear: nn.Linear, stream: bool = False, tied: bool = False):
@@ -40,9 +41,10 @@ class OneDNNLinear(nn.Module):
         self.tied = tied  # the weights are the embedding's, which a state_dict holds once
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias, self.packed, weight = linear.bias, None, linear.weight.detach()
+        self.transposed = not (stream or tied or weight.dtype == torch.bfloat16)
         if weight.dtype == torch.bfloat16:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        elif not stream:
+        elif self.transposed:
             weight = weight.T.contiguous().T
         self.streamed_rows = STREAMED_ROWS[weight.dtype] if stream else 0
         if stream or self.packed is None:
@@ -67,14 +69,10 @@ class OneDNNLinear(nn.Module):
         if torch.compiler.is_compiling():
             if rows <= self.streamed_rows:
                 return streamed_linear(x, self.weight, self.bias)
-            if self.packed is not None:
-                return torch.ops.falcon_h1r.onednn_linear(x, self.key, self.out_features)
+            return torch.ops.falcon_h1r.onednn_linear(x, self.key, self.out_features)
+        if rows == 1 and self.transposed:
             return F.linear(x, self.weight, self.bias)
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        if rows == 1:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return _library_product(self, x)
 
 
 def streamed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -95,8 +93,9 @@ def streamed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
-# A graph cannot hold packed weights: they are found by their layer's key. Defined without
-# `custom_op`, whose checks take three times as long as the call, some two hundred times a step.
+# A graph cannot hold packed weights, and has MKL for others: both are found by their layer's key.
+# Defined without `custom_op`, whose checks take three times as long as the call, some two hundred
+# times a step.
 torch.library.define(
     "falcon_h1r::onednn_linear", "(Tensor x, Tensor key, int out_features) -> Tensor"
 )
@@ -104,8 +103,12 @@ torch.library.define(
 
 @torch.library.impl("falcon_h1r::onednn_linear", "CPU")
 def _packed_linear(x: Tensor, key: Tensor, out_features: int) -> Tensor:
-    layer = _layers[key.item()]
-    return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "")
+    return _library_product(_layers[key.item()], x)
+
+
+def _library_product(layer: OneDNNLinear, x: Tensor) -> Tensor:
+    weight = layer.weight if layer.packed is None else layer.packed
+    return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
 
 
 @torch.library.register_fake("falcon_h1r::onednn_linear")
@@ -142,7 +145,7 @@ def use_onednn(model, stream: bool = False):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, OneDNNLinear(child, stream))
-    if model.config.tie_word_embeddings and (stream or model.dtype == torch.bfloat16):
+    if model.config.tie_word_embeddings:
         table = model.model["embed_tokens"].weight
         head = nn.Linear(*reversed(table.shape), bias=False, device="meta")
         head.weight = table

@@ -18,9 +18,11 @@ float64, since a difference of float32 sums loses the weak decays that follow st
 """
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from .inductor import as_buffer, in_cpu_graph
 from .precision import compute_dtype
 
 LONGEST_CHUNK = 64  # of `ssd_chunked`: exponentials grow with it, products shrink below it
@@ -105,8 +107,11 @@ def ssd_chunked(
     mamba_chunk_size), LONGEST_CHUNK at most; the result depends on it by rounding only.
     """
     assert chunk_size > 0, chunk_size
-    inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
-    return _scan_in_chunks(min(chunk_size, LONGEST_CHUNK), *inputs)
+    size = min(chunk_size, LONGEST_CHUNK)
+    inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn
+    if in_cpu_graph(x_blhp) and seq_idx_bl is None:
+        return _scan_at_once(size, *inputs)
+    return _scan_in_chunks(size, *inputs, seq_idx_bl)
 
 
 def _scan_in_chunks(
@@ -168,6 +173,82 @@ def _scan_in_chunks(
     return y_blhp, state.view(b, h, p, n)
 
 
+def _scan_at_once(
+    size: int, x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn
+) -> tuple[Tensor, Tensor]:
+    """`_scan_in_chunks` for Inductor: each of its steps for all chunks (axis c) in one loop.
+
+    A graph holds no loop of as many turns as there are chunks; the states' is an operator.
+    """
+    b, l, h, p, g, n = _check_shapes(
+        x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, None
+    )
+    work, count = compute_dtype(x_blhp), (l + size - 1) // size
+
+    def cut(t: Tensor) -> Tensor:
+        """(b, l, ...) -> (b, c, s, ...); dt = 0 in the padding holds the state."""
+        padding = (0, 0) * (t.dim() - 2) + (0, count * size - l)
+        return F.pad(t.to(work), padding).unflatten(1, (count, size))
+
+    x, dt, B, C = cut(x_blhp), cut(dt_blh), cut(B_blgn), cut(C_blgn)
+    x_bchsp, dt_bchs = as_buffer(x.transpose(2, 3)), as_buffer(dt.transpose(2, 3))
+    B_bcgsn, C_bcgqn = as_buffer(B.transpose(2, 3)), as_buffer(C.transpose(2, 3))
+
+    # 1. Decays.
+    sum_bchq = (dt_bchs.double() * A_h.to(work)[:, None]).cumsum(-1)
+    from_start = as_buffer(sum_bchq.to(work).exp())
+    to_end = (sum_bchq[..., -1:] - sum_bchq).to(work).exp()
+
+    # 2. Inside the chunks.
+    CB_bchqs = (C_bcgqn @ B_bcgsn.mT).repeat_interleave(h // g, 2)
+    share = (sum_bchq[..., :, None] - sum_bchq[..., None, :]).to(work).clamp(max=0).exp()
+    position = torch.arange(size, device=x.device)
+    share = torch.where(position <= position[:, None], share * CB_bchqs * dt_bchs[..., None, :], 0)
+    y_bchqp = as_buffer(share) @ x_bchsp
+
+    # 3. The states before each chunk, one after another.
+    update_bcshp = as_buffer(x * (dt * to_end.transpose(2, 3))[..., None])
+    update_bcgsk = update_bcshp.unflatten(3, (g, -1)).flatten(4).transpose(2, 3)
+    added_bchpn = (update_bcgsk.mT @ B_bcgsn).unflatten(3, (-1, p)).flatten(2, 3)
+    if initial_state_bhpn is None:
+        initial_state_bhpn = x.new_zeros(b, h, p, n)
+    through_bch = as_buffer(from_start[..., -1])
+    states = torch.ops.falcon_h1r.chunk_states(initial_state_bhpn, through_bch, added_bchpn)
+
+    # 4. What they bring in.
+    before_bcgkn = states[:, :-1].unflatten(2, (g, -1)).flatten(3, 4)
+    carried_bcgqrp = (C_bcgqn @ before_bcgkn.mT).unflatten(-1, (-1, p))
+    y_bchqp = y_bchqp + carried_bcgqrp.transpose(3, 4).flatten(2, 3) * from_start[..., None]
+    if D_h is not None:
+        y_bchqp = y_bchqp + D_h.to(work)[:, None, None] * x_bchsp
+    # Not a slice, of which would be asked whether it is the whole: that became part of the graph.
+    y_blhp = y_bchqp.transpose(2, 3).flatten(1, 2).index_select(1, torch.arange(l, device=x.device))
+    return y_blhp.to(x_blhp.dtype), states[:, -1]
+
+
+torch.library.define(
+    "falcon_h1r::chunk_states", "(Tensor state, Tensor decay, Tensor added) -> Tensor"
+)
+
+
+@torch.library.impl("falcon_h1r::chunk_states", "CPU")
+def _chunk_states(state_bhpn: Tensor, decay_bch: Tensor, added_bchpn: Tensor) -> Tensor:
+    """The states before each chunk and, last, behind all of them: (b, c + 1, h, p, n)."""
+    b, c, *rest = added_bchpn.shape
+    states = added_bchpn.new_empty(b, c + 1, *rest)
+    states[:, 0] = state_bhpn
+    for i in range(c):
+        decay = decay_bch[:, i, :, None, None]
+        torch.addcmul(added_bchpn[:, i], states[:, i], decay, out=states[:, i + 1])
+    return states
+
+
+@torch.library.register_fake("falcon_h1r::chunk_states")
+def _(state_bhpn, decay_bch, added_bchpn):
+    b, c, *rest = added_bchpn.shape
+    return added_bchpn.new_empty(b, c + 1, *rest)
+
+
 def ssd_step(
     state_bhpn: Tensor,
     x_bhp: Tensor,
@@ -187,6 +268,8 @@ def ssd_step(
     assert x_bhp.shape == (b, h, p) and dt_bh.shape == (b, h), (x_bhp.shape, dt_bh.shape)
     assert B_bgn.shape == C_bgn.shape == (b, g, n) and h % g == 0, (B_bgn.shape, C_bgn.shape)
     work = compute_dtype(x_bhp)
+    if in_cpu_graph(x_bhp):
+        return _ssd_step_in_one_loop(state_bhpn, x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h)
     rows = max(1, STEP_BYTES // (h * p * n * work.itemsize))
     if b > rows and not torch.compiler.is_compiling():  # compiled, it is one pass
         parts = (t.split(rows) for t in (state_bhpn, x_bhp, dt_bh, B_bgn, C_bgn))
@@ -202,6 +285,25 @@ def ssd_step(
     state_bhpn.copy_(state.detach())
     if D_h is not None:
         y.addcmul_(D_h.to(work)[:, None], x)
+    return y.to(x_bhp.dtype)
+
+
+def _ssd_step_in_one_loop(state_bhpn, x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h) -> Tensor:
+    """`ssd_step` as Inductor makes one pass over the states of it: sums, no product.
+
+    Buffers in one layout, else the update and the sum run over different axes, and in two loops.
+    """
+    h, work = state_bhpn.shape[1], compute_dtype(x_bhp)
+    x, dt = x_bhp.to(work), dt_bh.to(work)
+    B_bhn, C_bhn = (t.to(work).repeat_interleave(h // t.shape[1], 1) for t in (B_bgn, C_bgn))
+    xdt_bhp, B_bhn, C_bhn = map(as_buffer, (x * dt[..., None], B_bhn, C_bhn))
+    decay_bh = as_buffer(torch.exp(dt * A_h.to(work)))
+    state = state_bhpn.to(work) * decay_bh[..., None, None]
+    state = state + xdt_bhp[..., None] * B_bhn[:, :, None]
+    state_bhpn.copy_(state)
+    y = (state * C_bhn[:, :, None]).sum(-1)
+    if D_h is not None:
+        y = y + D_h.to(work)[:, None] * x
     return y.to(x_bhp.dtype)
 
 

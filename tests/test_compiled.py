@@ -1,4 +1,4 @@
-"""The compiled decode step: the model's own steps, one graph for all layers and lengths.
+"""Compiled decode steps and prefill: the model's own, one graph for all layers and lengths.
 
 Truth is the float64 forward. Expected errors are those of the same model, not compiled.
 """
@@ -11,12 +11,12 @@ from models import VARIANTS, make_config, make_model, random_ids, rms_error, sam
 
 from falcon_h1r import SamplingParams, generate
 from falcon_h1r.generation import compiled
-from falcon_h1r.generation.compiled import CompiledStep
+from falcon_h1r.generation.compiled import CompiledPrefill, CompiledStep
 from falcon_h1r.onednn import streamed_linear, unusable, use_onednn
 from falcon_h1r.ops import REFERENCE
 
 STEPS = 5
-LENGTHS = {1: (6,), 2: (6, 6), 3: (7, 4, 1), 9: (3,) * 9}  # by rows: level, ragged, many
+LENGTHS = {1: (6,), 2: (6, 6), 3: (7, 4, 1), 9: (3,) * 9, 17: (5, 3) + (2,) * 15}  # by rows
 try:
     compiled.require_compiler()
     no_compiler = ""
@@ -82,17 +82,19 @@ def check(variant, dtype, rows):
     "variant, dtype, rows",
     [
         ("h1r_like", torch.float32, 1),
-        ("two_groups", torch.float32, 3),
+        ("two_groups", torch.float32, 17),
         ("all_biases", torch.bfloat16, 3),
     ],
 )
 @torch.no_grad()
 def test_steps_are_as_near_the_truth_as_uncompiled_ones(variant, dtype, rows):
-    """One row streams its weights, three read them packed in bfloat16."""
+    """One row streams its weights; others are products of a library; many attend in loops."""
     check(variant, dtype, rows)
 
 
-CASES = zip(VARIANTS, itertools.cycle((torch.bfloat16, torch.float32)), itertools.cycle((3, 9, 1)))
+CASES = zip(
+    VARIANTS, itertools.cycle((torch.bfloat16, torch.float32)), itertools.cycle((3, 9, 1, 17))
+)
 
 
 @pytest.mark.slow
@@ -100,6 +102,73 @@ CASES = zip(VARIANTS, itertools.cycle((torch.bfloat16, torch.float32)), itertool
 @torch.no_grad()
 def test_steps_of_every_variant(variant, dtype, rows):
     check(variant, dtype, rows)
+
+
+PIECES = (19, 24, 17, 5, 33)  # of a prompt: whole chunks and others, and too few to compile
+
+
+def pieces_read(model, read, rows=1, room=1):
+    """Logits at every position of a prompt read in pieces, and the cache."""
+    cache = model.new_cache(rows, sum(PIECES) + room)
+    ids = random_ids(model.config, rows, sum(PIECES)).split(PIECES, dim=1)
+    return torch.cat([read(piece, None, cache) for piece in ids], dim=1), cache
+
+
+def check_prefill(variant, dtype, rows=1):
+    model = make_model(make_config(variant), dtype=dtype)
+    skip_without_onednn(model)
+    exact = same_weights(model, ops=REFERENCE, dtype=torch.float64)
+    truth, true_cache = pieces_read(exact, exact, rows)
+    plain, plain_cache = pieces_read(model, model, rows)
+    fast = use_onednn(same_weights(model), stream=True)
+    found, cache = pieces_read(fast, CompiledPrefill(fast), rows)
+    assert graphs() == 2  # an empty cache, and behind other tokens
+    assert found.dtype == torch.float32 and rms_error(found, truth) <= 2 * rms_error(plain, truth)
+    assert cache.lengths.tolist() == true_cache.lengths.tolist()
+    for name in ("keys", "values", "windows", "states"):
+        true, there = (getattr(one, name) for one in (true_cache, plain_cache))
+        assert rms_error(getattr(cache, name), true) <= 2 * rms_error(there, true), name
+
+
+@torch.no_grad()
+def test_prefill_is_as_near_the_truth_as_uncompiled():
+    """A prompt in pieces of several lengths, behind none and some: no length compiles again."""
+    check_prefill("two_groups", torch.float32, rows=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_prefill_of_every_variant(variant, dtype):
+    check_prefill(variant, dtype)
+
+
+@torch.no_grad()
+def test_prefill_that_is_not_compiled():
+    """Padding, rows of several depths, few tokens, one token before, a full cache, none: as is."""
+    model = make_model(make_config("two_groups"))
+    read = CompiledPrefill(model)
+    ids, mask = random_ids(model.config, 2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, 15:] = 0
+    for lengths, given, size in (
+        ((0, 0), mask, 40),
+        ((3, 5), None, 40),
+        ((1, 1), None, 40),
+        ((2, 2), None, 22),
+        ((0, 0), None, 20),
+    ):
+        caches = [model.new_cache(2, size) for _ in range(2)]
+        for cache in caches:
+            cache.lengths += torch.tensor(lengths)
+        assert torch.equal(read(ids, given, caches[0]), model(ids, given, caches[1])), lengths
+        assert torch.equal(caches[0].states, caches[1].states)
+        assert torch.equal(caches[0].lengths, caches[1].lengths)
+    assert torch.equal(read(ids, None, None, 1), model(ids, logits_to_keep=1))
+    assert torch.equal(read(ids[:, :8], None, model.new_cache(2, 40)), model(ids[:, :8]))
+    assert graphs() == 0
+    with pytest.raises(ValueError, match="cache full"):
+        read(ids, None, model.new_cache(2, 19))
 
 
 @torch.no_grad()
@@ -199,7 +268,10 @@ def test_refusals(monkeypatch):
     cache = model.new_cache(1, 4)
     with pytest.raises(ValueError, match="CompiledStep: serves a CPU, the model is on meta"):
         CompiledStep(model.to("meta"), cache)
+    with pytest.raises(ValueError, match="CompiledPrefill: serves a CPU, the model is on meta"):
+        CompiledPrefill(model)
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/such/compiler"))
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
-        CompiledStep(make_model(make_config("h1r_like")), cache)
+    for make in (lambda model: CompiledStep(model, cache), CompiledPrefill):
+        with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+            make(make_model(make_config("h1r_like")))

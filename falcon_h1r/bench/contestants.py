@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import cost as sheet
 from .. import int8, ops
 from ..cache import Cache
-from ..generation.compiled import CompiledStep, require_compiler
+from ..generation.compiled import CompiledPrefill, CompiledStep, require_compiler
 from ..generation.graph import DecodeStep
 from ..model import FalconH1ForCausalLM
 from ..onednn import unusable, use_onednn
@@ -25,7 +25,7 @@ from .registry import Workload
 
 GRAPH = ", graph"  # steps captured as a CUDA graph
 ONEDNN = "torch, onednn"
-COMPILED = "torch, compiled"  # steps through torch.compile
+COMPILED = "torch, compiled"  # prefill and steps through torch.compile
 OURS = ("reference", "torch", "torch" + GRAPH, "triton", "triton" + GRAPH, ONEDNN, COMPILED)
 INT8 = "torch, int8"  # not what the dtype says, so only where it is asked for
 PEERS = ("transformers", "llama.cpp")
@@ -85,7 +85,7 @@ def gather(model: FalconH1ForCausalLM, names: Sequence[str]) -> dict[str, Contes
 
 def ours(model: FalconH1ForCausalLM) -> Iterator[tuple[str, Callable[[], Contestant | str]]]:
     """The model under every operator table, with a graph where there is a GPU, through oneDNN, and
-    with compiled steps.
+    compiled.
 
     Names, and functions that make the contestant, or say why there is none.
     """
@@ -129,8 +129,19 @@ def _compiled(model: FalconH1ForCausalLM) -> Contestant | str:
     except ValueError as error:
         return str(error)
     streamed = use_onednn(layer.under(model, ops.TORCH), stream=True)
-    judge = partial(check_graph, streamed, form=CompiledStep)
-    return Contestant(COMPILED, judge, partial(_compiled_step, streamed), phases=("decode",))
+    judge = partial(_judge_compiled, model, streamed)
+    return Contestant(COMPILED, judge, partial(_compiled_call, streamed))
+
+
+def _judge_compiled(model, streamed, exact: Tensor, ids: Tensor) -> gate.Verdict:
+    """Steps behind the prompt as others take them, and the prompt twice in one compiled prefill,
+    which needs more tokens than a chunk of the scan has."""
+    twice = ids.repeat(1, 2)
+    expected = model(twice, logits_to_keep=1)[:, -1]
+    read = CompiledPrefill(streamed)
+    found = read(twice, None, streamed.new_cache(len(ids), twice.shape[1] + 1), 1)[:, -1]
+    steps = last_of_two_steps(streamed, ids, CompiledStep)
+    return verdict(model, torch.cat([steps, found]), torch.cat([exact, expected]))
 
 
 def _int8(model: FalconH1ForCausalLM) -> Contestant | str:
@@ -155,7 +166,9 @@ def _judge_int8(model, other, exact: Tensor, ids: Tensor) -> gate.Verdict:
     return gate.judge([torch.cat(found)], gate.Truth((torch.cat(expected),), (allowed,)))
 
 
-def _compiled_step(model: FalconH1ForCausalLM, workload: Workload, ids: Tensor, cache: Cache):
+def _compiled_call(model: FalconH1ForCausalLM, workload: Workload, ids: Tensor, cache: Cache):
+    if workload.phase != "decode":
+        return _compiled_prefill(model, workload, ids, cache)
     step, held = CompiledStep(model, cache), {"ids": ids[:, -1]}
 
     def decode():
@@ -164,6 +177,17 @@ def _compiled_step(model: FalconH1ForCausalLM, workload: Workload, ids: Tensor, 
 
     decode()  # compiles
     return decode
+
+
+def _compiled_prefill(model: FalconH1ForCausalLM, workload: Workload, ids: Tensor, cache: Cache):
+    read = CompiledPrefill(model)
+
+    def prefill():
+        cache.lengths.fill_(workload.past)
+        read(ids, None, cache, 1)
+
+    prefill()  # compiles
+    return prefill
 
 
 def _transformers(model: FalconH1ForCausalLM) -> Contestant | str:
@@ -217,18 +241,18 @@ def check(model: FalconH1ForCausalLM, exact: Tensor, ids: Tensor, extra: float =
     return verdict(model, model(ids[:, -1:], cache=cache)[:, -1], exact)
 
 
-def check_graph(
-    model: FalconH1ForCausalLM, exact: Tensor, ids: Tensor, form=DecodeStep
-) -> gate.Verdict:
-    """As `check`, with the last two tokens as steps of a graph: what is compiled, and a replay.
+def check_graph(model: FalconH1ForCausalLM, exact: Tensor, ids: Tensor) -> gate.Verdict:
+    """As `check`, with the last two tokens as steps of a graph: what is compiled, and a replay."""
+    return verdict(model, last_of_two_steps(model, ids, DecodeStep), exact)
 
-    form: DecodeStep or CompiledStep.
-    """
+
+def last_of_two_steps(model: FalconH1ForCausalLM, ids: Tensor, form) -> Tensor:
+    """Logits (b, vocab) behind ids, the last two of which are steps; form: a class of steps."""
     cache = model.new_cache(ids.shape[0], ids.shape[1] + 1)
     model(ids[:, :-2], cache=cache, logits_to_keep=1)
     step = form(model, cache)
     step(ids[:, -2])
-    return verdict(model, step(ids[:, -1]), exact)
+    return step(ids[:, -1])
 
 
 def verdict(

@@ -1,10 +1,11 @@
-"""Decode steps on a CPU through torch.compile: one graph for all layers.
+"""Decode steps and prefill on a CPU through torch.compile: one graph for all layers.
 
 A step of a small model is some two hundred operators a layer, each a few microseconds of Python
 and dispatch for less work than that. Compiled, a block is attention and four or five loops. What
 varies from layer to layer - weights and cache - is an input of the graph, so that it is compiled
 once; the number of tokens read so far is a symbol in it, so that nothing is compiled again as
-sequences grow.
+sequences grow. In a prefill the loops save passes over memory, and the number of new tokens is a
+symbol too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache, Span
+from ..ssd import LONGEST_CHUNK
 
 # What is compiled is shared by all models of one shape: kept here as torch.compile keeps it, by
 # function, up to this many variants (batch sizes, level or ragged rows, dtypes, configs).
@@ -90,6 +92,67 @@ class CompiledStep:
             self._checked = compiled
             return contextlib.nullcontext()
         return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+
+
+def _block_prefill(block, x_bld: Tensor, span: Span, layer, before: Tensor | None) -> Tensor:
+    past = 0 if before is None else len(before)
+    return block(x_bld, span._replace(total=past + x_bld.shape[1]), layer)
+
+
+class CompiledPrefill:
+    """`model(input_ids, attention_mask, cache, logits_to_keep)` with compiled blocks: same results.
+
+    For prompts and pieces of prompts of one batch size: the first call compiles, some ten seconds,
+    the first behind other tokens once more; another length, depth or cache does not. Compiled are
+    calls in which all rows hold equally many tokens and get equally many, more than a chunk of the
+    scan, and leave room in the cache. Any other - padding, rows of several depths, a few tokens,
+    no cache, the last tokens of a full one - runs as `model` does. Raises ValueError where torch
+    finds no C++ compiler, or the model is not on a CPU.
+    """
+
+    def __init__(self, model):
+        if model.device.type != "cpu":
+            raise ValueError(f"CompiledPrefill: serves a CPU, the model is on {model.device}")
+        require_compiler()
+        self._model = model
+        self._chunk = min(model.config.mamba_chunk_size, LONGEST_CHUNK)
+        self._block = torch.compile(_block_prefill, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """As `FalconH1ForCausalLM.forward`; nothing gets a gradient."""
+        # Lengths that are equal by chance in the first call need not be in the next.
+        apart = torch.fx.experimental._config.patch(use_duck_shape=False)
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS), apart:
+            return self._model(
+                input_ids, attention_mask, cache, logits_to_keep, call=self._call_module
+            )
+
+    def _call_module(self, module, x_bld: Tensor, span: Span | None = None, layer=None) -> Tensor:
+        if span is None:
+            return module(x_bld)
+        l = x_bld.shape[1]
+        past = span.total - l
+        level = layer is not None and span.padding_bl is None
+        # torch.compile takes one token before these, and keys up to the end of the cache, for
+        # cases of their own; a few tokens are not worth one.
+        if not level or l <= self._chunk or past == 1 or span.total == layer.keys_bjse.shape[2]:
+            return module(x_bld, span, layer)
+        before = None
+        if span.past_b is not None:
+            before = torch.empty(past, dtype=torch.bool)  # only its length counts, as above
+            torch._dynamo.mark_dynamic(before, 0)
+        for tensor in (x_bld, span.cos_bli, span.sin_bli):
+            torch._dynamo.mark_dynamic(tensor, 1)
+        for tensor in (layer.keys_bjse, layer.values_bjse):
+            torch._dynamo.mark_dynamic(tensor, 2)
+        return self._block(module, x_bld, span._replace(total=0), layer, before)
 
 
 def require_compiler() -> None:
