@@ -6,28 +6,30 @@ trace belongs to no batch: `Engine` decides who runs in a step, the trace's own 
 decide its tokens.
 
 What a trace says does not depend on its neighbours, on when it was admitted, or on its row. In
-bits: the choice of a token from logits (`sampling`); and the logits of a step of one width (so many
-rows), whatever the neighbours are and hold. Up to rounding: logits of steps of different widths,
-and in float32 of different rows, since a matrix product may be summed in another order. With
-`fixed_width` the width never varies. The tests say on which machine this was seen.
+bits: the choice of a token from logits (`sampling`); and the logits of one row of a step of one
+width (so many rows), whatever its neighbours are, hold, and however long they are, where a
+library's sums depend on the shape of a product alone. Up to rounding: logits of steps of different
+widths, and in different rows, which a trace changes when others end. With `fixed_width` the width
+never varies, and in float32 a row matters only where the rows that `ssd_step` takes at a time leave
+fewer than four over. tests/generation/test_engine_bits.py says on which machine this was seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..cache import Cache, Span
-from .compiled import CompiledStep
+from ..cache import Span
+from .compiled import CompiledStep, require_compiler
 from .graph import DecodeStep
 from .output import EngineStep, TraceOutput
 from .params import SamplingParams, derive_seeds
 from .rows import RowText, need_tokenizer, settle, stops_of
 from .sampling import Sampler
 from .scheduler import Scheduler
-from .slots import Plan
+from .slots import ROOM, Plan
 from .trace import Trace
 
 
@@ -39,8 +41,8 @@ class Engine:
     `plan().row_bytes`, of which the state alone is 132 MiB for Falcon-H1R-7B. A prompt that waits
     for rows, or is held, takes one too. Weights, logits and what a forward needs come on top, and,
     without a budget, a second copy of the cache while it grows.
-    prefill_chunk: most tokens of a prompt read between two steps. graph: as in `stream`. A step as
-    one graph computes some rows more than run, so that few graphs are made.
+    prefill_chunk: most tokens of a prompt read between two steps. graph, prefill: as in `stream`. A
+    step as one graph computes some rows more than run, so that few graphs are made.
     fixed_width: compute max_rows rows in every step, however few run.
 
     Raises ValueError for numbers below 1, and a graph the model cannot have.
@@ -55,6 +57,7 @@ class Engine:
         memory_budget: int | None = None,
         prefill_chunk: int | None = 512,
         graph: bool | None = None,
+        prefill: Callable | None = None,
         fixed_width: bool = False,
     ):
         numbers = {"max_rows": max_rows}
@@ -73,9 +76,16 @@ class Engine:
         self._form = None
         if graph or (graph is None and on_gpu):
             self._form = DecodeStep if on_gpu else CompiledStep
-        self._forms: dict[int, DecodeStep | CompiledStep] = {}  # by width, of the present cache
-        self._cache: Cache | None = None
-        self._scheduler = Scheduler(model, max_rows, memory_budget, prefill_chunk, fixed_width)
+        if self._form is CompiledStep:
+            require_compiler()
+        self._scheduler = Scheduler(
+            model,
+            max_rows,
+            memory_budget,
+            prefill_chunk,
+            fixed_width,
+            model if prefill is None else prefill,
+        )
         self._slots = self._scheduler.slots
         self._traces: dict[int, Trace] = {}
         self._rows: list[Trace] = []  # who is in each row of the last step
@@ -104,6 +114,8 @@ class Engine:
         if len(seeds) != params.n:
             raise ValueError(f"seeds: {len(seeds)} given for {params.n} traces")
         for seed in seeds:
+            if seed is None:
+                raise ValueError("seeds: expected integers, found None")
             SamplingParams(seed=seed)  # raises what is wrong with it
         prompt = self._scheduler.prompt(prompt, params.max_new_tokens)
         stops = stops_of(params, self._model.eos_token_ids)
@@ -132,7 +144,7 @@ class Engine:
 
     @property
     def free(self) -> int:
-        """How many more traces would not have to wait for a row."""
+        """How many more traces, no longer than those so far, would not have to wait for a row."""
         running = sum(trace.reason == "running" for trace in self._rows)
         waiting = len(self._scheduler.queue)
         return max(0, self._scheduler.most_running() - running - waiting)
@@ -145,10 +157,16 @@ class Engine:
         return self._scheduler.plan(tokens)
 
     def end(self, traces: Iterable[int], reason: str) -> None:
-        """Let traces that wait or run end now. Raises ValueError for an unknown number."""
-        for number in traces:
-            if number not in self._traces:
-                raise ValueError(f"trace {number} is not known to the engine")
+        """Let traces that wait or run end now.
+
+        Raises ValueError, and ends none, for an unknown number or a reason that is no end.
+        """
+        if reason in ("waiting", "running"):
+            raise ValueError(f"reason is {reason!r}, which is not how a trace ends")
+        numbers = list(traces)
+        for number in numbers:
+            self._known(number)
+        for number in numbers:
             trace = self._traces[number]
             if trace.reason == "waiting":
                 self._scheduler.withdraw(trace)
@@ -157,9 +175,7 @@ class Engine:
 
     def output(self, trace: int) -> TraceOutput:
         """What a trace has said so far. Raises ValueError for an unknown number."""
-        if trace not in self._traces:
-            raise ValueError(f"trace {trace} is not known to the engine")
-        t = self._traces[trace]
+        t = self._known(trace)
         text = None
         if self._tokenizer is not None:
             # What is held back while it runs is the end of what its tokens say.
@@ -167,7 +183,8 @@ class Engine:
             text = "".join(t.pieces) if ended else self._tokenizer.decode(t.tokens)
         logprobs = None
         if t.params.wants_logprobs:
-            logprobs = torch.tensor(t.logprobs, dtype=self._work)
+            # An interrupted step may have left one more of them than tokens.
+            logprobs = torch.tensor(t.logprobs[: len(t.tokens)], dtype=self._work)
         tokens = torch.tensor(t.tokens, dtype=torch.int64)
         return TraceOutput(tokens, logprobs, t.reason, text, t.seed, len(t.prompt.ids))
 
@@ -187,8 +204,9 @@ class Engine:
     def step(self) -> EngineStep | None:
         """One token in every running trace; None if none runs or waits.
 
-        An exception from inside, such as KeyboardInterrupt, leaves the outputs as they were and the
-        engine unable to go on: a step after it raises RuntimeError.
+        An exception from inside, such as KeyboardInterrupt, leaves each output as it was before the
+        step or as it is after it, and the engine unable to go on: a step after it raises
+        RuntimeError.
         """
         if self._inside:
             raise RuntimeError("the engine was interrupted within a step and cannot go on")
@@ -205,6 +223,11 @@ class Engine:
         self._inside = False
         return step
 
+    def _known(self, number: int) -> Trace:
+        if number not in self._traces:
+            raise ValueError(f"trace {number} is not known to the engine")
+        return self._traces[number]
+
     def _drop_ended(self) -> None:
         kept = [row for row, trace in enumerate(self._rows) if trace.reason == "running"]
         if len(kept) == len(self._rows):
@@ -220,18 +243,18 @@ class Engine:
         width = self._width(count)
         tokens = torch.nn.functional.pad(self._tokens_r, (0, width - count))
         lengths[count:width] = 1  # rows where nobody is are computed along
-        if self._cache is not self._slots.cache:
-            self._cache, self._forms = self._slots.cache, {}
-        form = self._forms.get(width)
-        view = self._slots.view(width)
+        forms, view = self._slots.forms, self._slots.view(width)
+        form = forms.get(width)
         if form is None and self._form is not None:
-            form = self._forms[width] = self._form(model, view)
+            form = forms[width] = self._form(model, view)
         if isinstance(form, DecodeStep):
             form.past_b.copy_(view.lengths)
             return form(tokens)[:count]
         # As if rows were of different lengths, also where they are not: a trace takes one way
         # through the model, whoever its neighbours are.
-        past_b, total = view.lengths.to(model.device), int(lengths[:count].max()) + 1
+        past_b, longest = view.lengths.to(model.device), int(lengths[:count].max()) + 1
+        # In full blocks, since a library adds up the last few keys of a row otherwise.
+        total = -(-longest // ROOM) * ROOM
         span = Span.step(model.config, past_b, total, self._work)
         if form is not None:
             return form(tokens, span)[:count]
@@ -249,7 +272,7 @@ class Engine:
         step, width = (4 if self._form is CompiledStep else 2), 1
         while width < count:
             width *= step
-        return min(width, self._slots.rows - len(self._slots.prompts))
+        return min(width, self.max_rows, self._slots.rows - len(self._slots.prompts))
 
     def _admit(self, logits_rv: Tensor | None) -> Tensor | None:
         """Seat new traces; logits_rv: of those that run, returned with the new ones' behind."""
@@ -282,9 +305,9 @@ class Engine:
         logprobs = None if choice.logprobs is None else choice.logprobs.tolist()
         for row, (trace, token) in enumerate(zip(self._rows, choice.tokens.tolist())):
             piece, reason = settle(token, len(trace.tokens), trace.stops, trace.params, trace.text)
-            trace.tokens.append(token)
             if trace.params.wants_logprobs:
                 trace.logprobs.append(logprobs[row])
+            trace.tokens.append(token)
             if piece:
                 texts[trace.number] = piece
                 trace.pieces.append(piece)

@@ -32,6 +32,7 @@ def generate(
     prefill_chunk: int | None = None,
     cache: Cache | None = None,
     graph: bool | None = None,
+    prefill: Callable | None = None,
 ) -> GenerateOutput:
     """Generate `params.n` sequences for every prompt. Arguments and errors are those of `stream`.
 
@@ -46,6 +47,7 @@ def generate(
         prefill_chunk=prefill_chunk,
         cache=cache,
         graph=graph,
+        prefill=prefill,
     )
     for step in run:
         if on_step is not None:
@@ -63,6 +65,7 @@ def stream(
     prefill_chunk: int | None = None,
     cache: Cache | None = None,
     graph: bool | None = None,
+    prefill: Callable | None = None,
 ) -> Stream:
     """Check a request and return it as a `Stream`: iterate over it for the steps.
 
@@ -79,11 +82,15 @@ def stream(
         torch.compile on a CPU (`compiled.CompiledStep`, with a model of `use_onednn(model,
         stream=True)`); None: on a GPU. False is for models with operators or hooks that read
         values back to the CPU.
+    prefill: called in place of `model(...)` to read prompts, such as a `compiled.CompiledPrefill`,
+        whose compilation pays where many or long prompts are read.
 
     Raises ValueError for a request that cannot be served: see `read_prompts`, `SamplingParams`, and
     prompt + max_new_tokens beyond `max_position_embeddings`.
     """
-    return Stream(model, input_ids, params, attention_mask, tokenizer, prefill_chunk, cache, graph)
+    return Stream(
+        model, input_ids, params, attention_mask, tokenizer, prefill_chunk, cache, graph, prefill
+    )
 
 
 class Stream:
@@ -95,9 +102,19 @@ class Stream:
     """
 
     def __init__(
-        self, model, input_ids, params, attention_mask, tokenizer, prefill_chunk, cache, graph
+        self,
+        model,
+        input_ids,
+        params,
+        attention_mask,
+        tokenizer,
+        prefill_chunk,
+        cache,
+        graph,
+        prefill=None,
     ):
         self._model, self._tokenizer, self._cache = model, tokenizer, cache
+        self._prefill = model if prefill is None else prefill
         on_gpu = model.device.type == "cuda"
         self._step_form = None  # the class of a decode step as one graph
         if graph or (graph is None and on_gpu):
@@ -178,7 +195,9 @@ class Stream:
             cache = model.new_cache(len(rows), max(map(len, rows)) + longest)
         rest = [row[past:] for row, past in zip(rows, cache.lengths.tolist())]
         for ids, mask in prefill_chunks(rest, self._prefill_chunk, model.device):
-            logits_rv = model(ids, attention_mask=mask, cache=cache, logits_to_keep=1)[:, -1]
+            logits_rv = self._prefill(ids, attention_mask=mask, cache=cache, logits_to_keep=1)[
+                :, -1
+            ]
         if self._n > 1:
             cache = cache.expand(self._n)
             logits_rv = logits_rv.repeat_interleave(self._n, dim=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 from torch import Tensor
@@ -21,8 +21,16 @@ class Scheduler:
     wait for it takes the row itself. Numbers as in `Engine`.
     """
 
-    def __init__(self, model, max_rows: int, budget: int | None, chunk: int | None, fixed: bool):
-        self._model, self._max_rows, self._budget = model, max_rows, budget
+    def __init__(
+        self,
+        model,
+        max_rows: int,
+        budget: int | None,
+        chunk: int | None,
+        fixed: bool,
+        prefill: Callable,
+    ):
+        self._model, self._max_rows, self._budget, self._prefill = model, max_rows, budget, prefill
         self._chunk, self._fixed = chunk, fixed
         self.slots = Slots(model)
         self.queue: deque[Trace] = deque()
@@ -40,6 +48,8 @@ class Scheduler:
         trace.prompt.waiting += 1
 
     def withdraw(self, trace: Trace) -> None:
+        if trace not in self.queue:
+            return  # a step was interrupted while it was let in
         self.queue.remove(trace)
         trace.prompt.waiting -= 1
         self.let_go(trace.prompt)
@@ -55,12 +65,18 @@ class Scheduler:
     def plan(self, tokens: int | None = None) -> Plan:
         if tokens is None:
             tokens = max([self.slots.length, *(trace.need for trace in self.queue)])
-        # One row more than traces: for the prompt whose traces take the others.
-        most = self._max_rows + 1
-        return plan(self._model.config, self._model.dtype, tokens, most, self._budget)
+        return self._plan(tokens, 1)
 
     def most_running(self) -> int:
-        return min(self._max_rows, max(1, self.plan().rows - 1))
+        slots, prompts = self.slots, max(1, len(self.slots.prompts))
+        made = self._plan(self.plan().tokens, prompts)
+        rows = made.rows if self._fits_beside(made.rows * made.row_bytes) else slots.rows
+        return min(self._max_rows, max(1, rows - prompts))
+
+    def _plan(self, tokens: int, prompts: int) -> Plan:
+        """Rows for max_rows traces, and so many prompts from which traces take the others."""
+        most = self._max_rows + (1 if self._fixed else prompts)
+        return plan(self._model.config, self._model.dtype, tokens, most, self._budget)
 
     def admit(self, running: int) -> Iterator[tuple[Trace, Tensor]]:
         """Traces that run from now on, each in the next row, and the logits of their first token.
@@ -122,7 +138,7 @@ class Scheduler:
     def _read_piece(self, prompt: Prompt) -> None:
         view = self.slots.view(1, self.slots.prompts[prompt])
         ids, _ = next(prompt.pieces)
-        logits_1v = self._model(ids, cache=view, logits_to_keep=1)[:, -1]
+        logits_1v = self._prefill(ids, cache=view, logits_to_keep=1)[:, -1]
         if int(view.lengths[0]) == len(prompt.ids):
             prompt.logits_1v = logits_1v
 
@@ -137,21 +153,27 @@ class Scheduler:
             # Others like it, so that the cache need not grow for them.
             like = (t.need for t in islice(self.queue, self._max_rows) if t.need <= 2 * need)
             longest = max(need, *like)
-        made = self.plan(longest)
+        prompts = max(1, len(slots.prompts) + for_prompt)
+        made = self._plan(longest, prompts)
         rows = made.rows
         if self._budget is None and not self._fixed:
-            expected = min(self._max_rows, slots.count + len(self.queue)) + 1
-            rows = min(rows, max(slots.rows, expected))
+            expected = min(self._max_rows, slots.count + len(self.queue)) + prompts
+            rows = max(slots.rows, expected)
         enough = slots.rows >= rows or used > 0
         if slots.free and slots.length >= need and enough:
             return True
         if rows <= used:
             return False
-        both = slots.nbytes + rows * made.row_bytes
-        if used and self._budget is not None and both > self._budget:
+        if not self._fits_beside(rows * made.row_bytes):
             return False
         slots.resize(rows, made.tokens)
         return True
+
+    def _fits_beside(self, size: int) -> bool:
+        """Whether a cache of so many bytes may be made: beside this one, unless it is empty."""
+        slots = self.slots
+        held = slots.nbytes if slots.count or slots.prompts else 0
+        return self._budget is None or held + size <= self._budget
 
     def _evict(self, need: int) -> None:
         """Forget what was read of prompts, for a row of `need` tokens; only when no trace runs."""

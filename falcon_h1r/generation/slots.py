@@ -12,7 +12,8 @@ from typing import NamedTuple
 from ..cache import TENSORS, Cache
 from ..cost import in_units, kv_bytes, state_bytes
 
-# Tokens: the room of a row is rounded up to so many, so that like requests fit one cache.
+# Tokens: what a step attends to is a multiple of it, and the room of a row, so that like requests
+# fit one cache, a multiple and one: a compiled step never takes all, and none reads a last token.
 ROOM = 64
 
 
@@ -44,7 +45,7 @@ class Plan(NamedTuple):
 
 def plan(config, dtype, tokens: int, most_rows: int, budget: int | None) -> Plan:
     """Rows for traces of up to `tokens` tokens, prompt included; 0 where not one fits."""
-    tokens = -(-tokens // ROOM) * ROOM
+    tokens = -(-(tokens - 1) // ROOM) * ROOM + 1
     state, kv = sum(state_bytes(config, dtype).values()), kv_bytes(config, tokens, dtype)
     rows, limit = most_rows, "max_rows"
     if budget is not None and budget // (state + kv) < most_rows:
@@ -55,7 +56,8 @@ def plan(config, dtype, tokens: int, most_rows: int, budget: int | None) -> Plan
 class Slots:
     """Rows 0 .. count-1 of `cache` are running traces, the last len(prompts) rows are prompts.
 
-    prompts: key -> row.
+    prompts: key -> row. forms: what a step's owner made for views of `cache`, by their width; gone
+    when the cache is.
     """
 
     def __init__(self, model):
@@ -63,6 +65,7 @@ class Slots:
         self.cache: Cache | None = None
         self.count = 0
         self.prompts: dict[object, int] = {}
+        self.forms: dict[int, object] = {}
 
     @property
     def rows(self) -> int:
@@ -85,6 +88,7 @@ class Slots:
         """Another cache with the same content. Holds both for a moment, unless nobody is in it."""
         assert rows >= self.count + len(self.prompts), (rows, self.count, self.prompts)
         old, self.cache = self.cache, None
+        self.forms.clear()  # they hold the old cache's memory
         if self.count == len(self.prompts) == 0:
             old = None  # freed before the new one is made
         new = self._model.new_cache(rows, length)
