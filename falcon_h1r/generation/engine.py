@@ -41,7 +41,7 @@ class Engine:
     `plan().row_bytes`, of which the state alone is 132 MiB for Falcon-H1R-7B. A prompt that waits
     for rows, or is held, takes one too. Weights, logits and what a forward needs come on top, and,
     without a budget, a second copy of the cache while it grows.
-    prefill_chunk: most tokens of a prompt read between two steps. graph, prefill: as in `stream`. A
+    prefill_chunk: most tokens of prompts read between two steps. graph, prefill: as in `stream`. A
     step as one graph computes some rows more than run, so that few graphs are made.
     fixed_width: compute max_rows rows in every step, however few run.
 

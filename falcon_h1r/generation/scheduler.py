@@ -81,9 +81,9 @@ class Scheduler:
     def admit(self, running: int) -> Iterator[tuple[Trace, Tensor]]:
         """Traces that run from now on, each in the next row, and the logits of their first token.
 
-        running: how many do already. At most one piece of a prompt is read.
+        running: how many do already. Prompts are read up to a chunk of tokens in all.
         """
-        slots, read = self.slots, False
+        slots, read = self.slots, 0
         while self.queue and running < self._max_rows:
             trace = self.queue[0]
             prompt, need = trace.prompt, trace.need
@@ -94,11 +94,16 @@ class Scheduler:
                     self._evict(need)
                 slots.take_prompt(prompt)
                 prompt.begin(self._chunk, self._model.device)
-            if prompt.logits_1v is None and not read:
-                read = True
-                self._read_piece(prompt)
             if prompt.logits_1v is None:
-                return
+                left = len(prompt.ids) - int(slots.cache.lengths[slots.prompts[prompt]])
+                # As `prefill_chunks` cuts: the first piece takes what is over.
+                piece = left if self._chunk is None else (left - 1) % self._chunk + 1
+                if read and (self._chunk is None or read + piece > self._chunk):
+                    return
+                read += piece
+                self._read_piece(prompt)
+                if prompt.logits_1v is None:
+                    return
             last = prompt.waiting == 1 and not prompt.held
             if last and slots.length >= need:
                 slots.become(prompt)

@@ -283,3 +283,20 @@ def test_log_probabilities_are_those_of_full_forwards(variant):
                 expected = forced(reference, prompt(n), out.tokens)
                 assert rms_error(out.logprobs, expected) < 1e-12
                 assert (out.logprobs - expected).abs().max() < 1e-11
+
+
+def test_a_step_reports_what_those_who_run_asked_for():
+    engine = Engine(exact("two_groups"), max_rows=3)
+    for new, logprobs in ((6, False), (4, 3), (2, 9)):
+        how = SamplingParams(max_new_tokens=new, logprobs=logprobs, stop_token_ids=())
+        engine.add(prompt(5), how)
+    shapes = [None if s.logprobs is None else tuple(s.top_ids.shape) for s in engine]
+    assert shapes == [(3, 9), (3, 9), (2, 3), (2, 3), None, None]
+
+
+@pytest.mark.parametrize("part", [1, 3 * VOCAB_SIZE])
+def test_draws_in_parts_are_the_draws(part, monkeypatch):
+    """A CPU draws some rows at a time; here few are enough for several parts."""
+    alone("two_groups")
+    monkeypatch.setattr("falcon_h1r.generation.sampling._PART", part)
+    check("two_groups", Engine(exact("two_groups"), TOKENIZER))
