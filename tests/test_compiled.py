@@ -92,8 +92,8 @@ def test_steps_are_as_near_the_truth_as_uncompiled_ones(variant, dtype, rows):
     check(variant, dtype, rows)
 
 
-CASES = zip(
-    VARIANTS, itertools.cycle((torch.bfloat16, torch.float32)), itertools.cycle((3, 9, 1, 17))
+CASES = list(
+    zip(VARIANTS, itertools.cycle((torch.bfloat16, torch.float32)), itertools.cycle((3, 9, 1, 17)))
 )
 
 
@@ -137,8 +137,11 @@ def test_prefill_is_as_near_the_truth_as_uncompiled():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant, dtype",  # in turns: each compiles for ten seconds
+    list(zip(VARIANTS, itertools.cycle([torch.float32, torch.bfloat16]))),
+    ids=str,
+)
 @torch.no_grad()
 def test_prefill_of_every_variant(variant, dtype):
     check_prefill(variant, dtype)
