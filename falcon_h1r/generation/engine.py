@@ -39,8 +39,9 @@ class Engine:
     tokenizer: as in `stream`, for text, stop strings and thinking budgets. max_rows: most traces in
     a step. memory_budget: bytes that the cache may take, None: no limit; a row takes
     `plan().row_bytes`, of which the state alone is 132 MiB for Falcon-H1R-7B. A prompt that waits
-    for rows, or is held, takes one too. Weights, logits and what a forward needs come on top, and,
-    without a budget, a second copy of the cache while it grows.
+    for rows, or is held, takes one too. Weights, logits and what a forward needs come on top; so do
+    for a moment a row, where two prompts change places, and without a budget a second copy of the
+    cache, while it grows.
     prefill_chunk: most tokens of prompts read between two steps. graph, prefill: as in `stream`. A
     step as one graph computes some rows more than run, so that few graphs are made.
     fixed_width: compute max_rows rows in every step, however few run.
@@ -70,8 +71,7 @@ class Engine:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer")
         self._model, self._tokenizer = model, tokenizer
         self._work = torch.promote_types(model.dtype, torch.float32)
-        self.max_rows, self.memory_budget = max_rows, memory_budget
-        self._prefill_chunk, self._fixed_width = prefill_chunk, fixed_width
+        self.max_rows, self._fixed_width = max_rows, fixed_width
         on_gpu = model.device.type == "cuda"
         self._form = None
         if graph or (graph is None and on_gpu):
