@@ -223,6 +223,107 @@ def test_steps_of_several_models_do_not_mix():
             assert rms_error(form(tokens), logits[i]) < 1e-5
 
 
+def streamed(variant="two_groups"):
+    """A model, and the same prepared for compiled steps."""
+    model = make_model(make_config(variant))
+    skip_without_onednn(model)
+    return model, use_onednn(same_weights(model), stream=True)
+
+
+def step_and_truth(step, model, cache):
+    """Logits of a compiled step, and what `model` makes of a copy of its cache."""
+    copy, tokens = (
+        cache.select(range(cache.batch_size)),
+        random_ids(model.config, len(cache.lengths)),
+    )
+    expected = model(tokens[:, None], cache=copy)[:, -1]
+    found = step(tokens)
+    assert rms_error(cache.states, copy.states) < 1e-5 and rms_error(cache.keys, copy.keys) < 1e-5
+    return found, expected
+
+
+@torch.no_grad()
+def test_later_steps_are_played_without_torch_compile(monkeypatch):
+    """Level rows, ragged ones, and level ones again in one object; deeper and shallower."""
+    model, fast = streamed()
+    level, ragged = (filled(fast, lengths).snapshot() for lengths in ((6, 6, 6), (7, 4, 1)))
+    cache = fast.new_cache(3, 12)
+    step = CompiledStep(fast, cache)
+    for round_ in range(3):
+        for content in (level, ragged):
+            cache.restore(content)
+            for _ in range(3):
+                assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
+        if round_ == 0:
+            monkeypatch.setattr(step, "_block", None)
+            monkeypatch.setattr(step, "_head", None)
+    assert graphs() == 3  # a level block, a ragged one, the head
+
+
+@torch.no_grad()
+def test_played_steps_count_beyond_the_numbers_that_python_keeps():
+    """Integers up to 256 are one object wherever they come from, larger ones are not."""
+    model, fast = streamed()
+    cache = fast.new_cache(1, 400)
+    for part in (cache.keys, cache.values, cache.states):
+        part.normal_(generator=torch.Generator().manual_seed(0))
+    step = CompiledStep(fast, cache)
+    for length in (300, 397, 5):
+        cache.lengths.fill_(length)
+        assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_step_follows_weights_that_change_in_place():
+    model, fast = streamed()
+    cache = filled(fast, (6,))
+    step = CompiledStep(fast, cache)
+    before = [step_and_truth(step, model, cache)[0] for _ in range(2)]
+    for one in (model, fast):
+        for name, parameter in one.named_parameters():
+            if "norm" in name:
+                parameter.mul_(1.5)
+    found, expected = step_and_truth(step, model, cache)
+    assert rms_error(found, expected) < 1e-5 < 1e-2 < rms_error(before[1], expected)
+
+
+@torch.no_grad()
+def test_an_interrupted_first_step_is_not_played(monkeypatch):
+    model, fast = streamed()
+    cache = filled(fast, (6,))
+    content = cache.snapshot()
+    step, calls = CompiledStep(fast, cache), []
+    block = step._block
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return block(*args)
+
+    monkeypatch.setattr(step, "_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(random_ids(model.config, 1))
+    cache.restore(content)
+    for _ in range(2):
+        assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
+
+
+@torch.no_grad()
+def test_steps_where_nothing_is_compiled():
+    """With torch.compile told to leave everything as it is, there is nothing to play."""
+    model, fast = streamed()
+    cache = filled(fast, (6, 6))
+    step = CompiledStep(fast, cache)
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(3):
+            assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
+    assert graphs() == 0
+    for _ in range(2):
+        assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
+    assert graphs() == 2
+
+
 def test_generate_gives_the_same_tokens():
     """Rows that end are computed along: no other batch size is compiled."""
     model = make_model(make_config("tied"))

@@ -6,11 +6,17 @@ varies from layer to layer - weights and cache - is an input of the graph, so th
 once; the number of tokens read so far is a symbol in it, so that nothing is compiled again as
 sequences grow. In a prefill the loops save passes over memory, and the number of new tokens is a
 symbol too.
+
+What torch.compile does around each call of a graph, to find out which one fits and to gather its
+inputs, takes a third of a small model's step. A step's calls are therefore recorded, as a CUDA
+graph records launches, and made again.
 """
 
 from __future__ import annotations
 
-import contextlib
+import threading
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +28,8 @@ from ..ssd import LONGEST_CHUNK
 # function, up to this many variants (batch sizes, level or ragged rows, dtypes, configs).
 VARIANTS = 64
 
+_recording = threading.local()
+
 
 def _block_step(block, x_bld: Tensor, span: Span, layer, reach: Tensor) -> Tensor:
     # As a number `total` would be a constant of the graph, as a length it is a symbol.
@@ -32,14 +40,93 @@ def _head_step(head, x_bld: Tensor) -> Tensor:
     return head(x_bld)
 
 
+def _recorded_inductor(graph, examples) -> Callable:
+    """torch.compile's own compiler, as a backend whose calls can be recorded.
+
+    One function, not one for each object: torch.compile shares graphs by it.
+    """
+    from torch._dynamo.backends.registry import lookup_backend
+
+    with torch._inductor.config.patch(
+        size_asserts=False
+    ):  # 30 a layer; `_Tape.form` looks at shapes
+        compiled = lookup_backend("inductor")(graph, examples)
+
+    def run(*inputs):
+        outputs = compiled(*inputs)
+        if (calls := getattr(_recording, "calls", None)) is not None:
+            calls.append((compiled, inputs, outputs))
+        return outputs
+
+    return run
+
+
+class _Tape:
+    """The graphs that one step called, in their order, to be called again with new inputs.
+
+    Graphs get all their inputs as arguments: weights and cache, which are the same tensors in every
+    step, and what varies.
+    """
+
+    def __init__(self):
+        self._calls: list[tuple[Callable, list, list[tuple[int, str]]]] = []
+        self.whole = True  # False: something was called that is no graph of ours
+
+    @staticmethod
+    def form(span: Span) -> tuple:
+        """What decides which graph fits: steps of one cache in which this is equal share a tape."""
+        return tuple(
+            (part.shape, part.dtype, part.stride()) if isinstance(part, Tensor) else part is None
+            for part in span
+        )
+
+    def record(self, function: Callable, varying: dict, *arguments) -> Tensor:
+        """function(*arguments), which is compiled.
+
+        varying: what the next step gives instead, by name: tensors among the arguments, and
+        integers. The graph's other integers have to differ from those.
+        """
+        _recording.calls = calls = []
+        try:
+            out = function(*arguments)
+        finally:
+            del _recording.calls
+        match calls:
+            case [(graph, inputs, [found])] if found is out:
+                places = [
+                    (place, name)
+                    for place, given in enumerate(inputs)
+                    for name, value in varying.items()
+                    if given is value or (type(given) is type(value) is int and given == value)
+                ]
+                self._calls.append((graph, list(inputs), places))
+            case _:
+                self.whole = False
+        return out
+
+    def play(self, varying: dict) -> Callable:
+        """What to call in place of the functions, in the recorded order."""
+        calls = iter(self._calls)
+
+        def call(module, x_bld: Tensor, *_) -> Tensor:
+            varying["x_bld"] = x_bld
+            graph, inputs, places = next(calls)
+            for place, name in places:
+                inputs[place] = varying[name]
+            return graph(*inputs)[0]
+
+        return call
+
+
 class CompiledStep:
     """`model(tokens[:, None], cache=cache)` for one token after another, logits (b, vocab).
 
     The first call compiles, a few seconds, or less where an earlier process on this machine has
     compiled the same shape; another batch size, dtype or config compiles again, a longer sequence
     or another cache does not. Linear layers of `use_onednn(model, stream=True)` become part of the
-    compiled loops; others are called as they are. Other forwards may use the cache in between.
-    Raises ValueError where torch finds no C++ compiler, or the model is not on a CPU.
+    compiled loops; others are called as they are. Other forwards may use the cache in between;
+    weights may change in place, but not be replaced by other tensors. Raises ValueError where torch
+    finds no C++ compiler, or the model is not on a CPU.
     """
 
     def __init__(self, model, cache: Cache):
@@ -47,14 +134,14 @@ class CompiledStep:
             raise ValueError(f"CompiledStep: serves a CPU, the model is on {model.device}")
         require_compiler()
         self._model, self._cache = model, cache
-        self._checked = False
+        self._tapes: dict[tuple, _Tape] = {}
         self._reach = torch.empty(cache.max_length, dtype=torch.bool)  # only its length counts
         self._layers = [cache.layer(index) for index in range(model.config.num_hidden_layers)]
         for layer in self._layers:
             for tensor in (layer.keys_bjse, layer.values_bjse):
                 torch._dynamo.mark_dynamic(tensor, 2)
-        self._block = torch.compile(_block_step, fullgraph=True, dynamic=False)
-        self._head = torch.compile(_head_step, fullgraph=True, dynamic=False)
+        compile_ = partial(torch.compile, backend=_recorded_inductor, fullgraph=True, dynamic=False)
+        self._block, self._head = compile_(_block_step), compile_(_head_step)
 
     @torch.no_grad()
     def __call__(self, tokens_b: Tensor, span: Span | None = None) -> Tensor:
@@ -67,31 +154,39 @@ class CompiledStep:
             work = torch.promote_types(model.dtype, torch.float32)
             shape = (cache.batch_size, 1)
             span = Span.plan(model.config, cache, shape, None, None, model.device, work)
+        # The first and the last token of a cache are not compiled: torch.compile takes a length of
+        # 1, and all keys where else it has a part of them, for cases of their own.
+        form = _Tape.form(span) if 1 < span.total < cache.max_length else None
+        recorded = None
+        if form is None:
+            call = None
+        elif form in self._tapes:
+            call = self._tapes[form].play(span._asdict())
+        else:
+            call = self._record(recorded := _Tape(), span)
+        logits = model(tokens_b[:, None], None, cache, 1, span=span, call=call)
+        if recorded is not None and recorded.whole:
+            self._tapes[form] = recorded
+        cache.lengths += 1
+        return logits[:, -1]
+
+    def _record(self, tape: _Tape, span: Span) -> Callable:
+        """What to call in place of the blocks and the head."""
+        # A block's graph has one number beside `total`, the length of the cache, which differs.
+        varying = span._asdict()
         reach = self._reach[: span.total]
         torch._dynamo.mark_dynamic(reach, 0)
         layers = iter(self._layers)
 
         def call(module, x_bld, span=None, _=None):
-            if span is None:
-                return self._head(module, x_bld)
-            return self._block(module, x_bld, span._replace(total=0), next(layers), reach)
+            varying["x_bld"] = x_bld
+            with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+                if span is None:
+                    return tape.record(self._head, varying, module, x_bld)
+                part = span._replace(total=0), next(layers), reach
+                return tape.record(self._block, varying, module, x_bld, *part)
 
-        # The first and the last token of a cache are not compiled: torch.compile takes a length of
-        # 1, and all keys where else it has a part of them, for cases of their own.
-        call = call if 1 < span.total < cache.max_length else None
-        with torch._dynamo.config.patch(recompile_limit=VARIANTS), self._stance(call is not None):
-            logits = model(tokens_b[:, None], None, cache, 1, span=span, call=call)
-        cache.lengths += 1
-        return logits[:, -1]
-
-    def _stance(self, compiled: bool):
-        """Whether a compiled step fits is checked at this object's first one, layer by layer, and
-        not again: nothing it depends on can change, and it takes a fifth of a small model's step.
-        Which of several fits is always looked up."""
-        if not compiled or not self._checked:
-            self._checked = compiled
-            return contextlib.nullcontext()
-        return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+        return call
 
 
 def _block_prefill(block, x_bld: Tensor, span: Span, layer, before: Tensor | None) -> Tensor:
