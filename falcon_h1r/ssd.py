@@ -125,7 +125,10 @@ def _scan_in_chunks(
     A_gr1 = A_h.to(work).view(g, h // g, 1)
     D_gr1 = None if D_h is None else D_h.to(work).view(g, h // g, 1)
     state = _initial_state(initial_state_bhpn, x_blhp, (b, h, p, n))
-    state = state.clone(memory_format=torch.contiguous_format).view(b, g, -1, n)
+    # Products with the state: one for each head, which stays in a core's cache, where all heads of
+    # all rows share one B and C; else one for each group, since they are not copied to the heads.
+    parts = h if b * g == 1 else b * g
+    state = state.clone(memory_format=torch.contiguous_format).view(parts, -1, n)
     chunks = zip(
         rearrange(x_blhp, "b l (g r) p -> b g r l p", g=g).split(size, -2),
         rearrange(dt_blh, "b l (g r) -> b g r l", g=g).split(size, -1),
@@ -158,16 +161,17 @@ def _scan_in_chunks(
             share_bgrqs.diagonal(dim1=-2, dim2=-1).add_(D_gr1)
         y = share_bgrqs @ x
 
-        # 3. What the state brings in: all heads of a group are columns of one matrix product.
+        # 3. What the state brings in.
         if index > 0 or initial_state_bhpn is not None:  # else it is zero
-            carried_bgqrp = (C @ state.mT).unflatten(-1, (-1, p))
-            y.addcmul_(carried_bgqrp.transpose(2, 3), from_start[..., None])
+            carried_mqk = C.flatten(0, 1).expand(parts, -1, -1) @ state.mT
+            carried = carried_mqk.view(b, g, parts // (b * g), -1, b * h // parts, p)
+            y.addcmul_(carried.transpose(3, 4).flatten(2, 3), from_start[..., None])
 
         # 4. The state at the chunk's end, in its own memory unless gradients will need the old one.
         scale = state.mul if torch.is_grad_enabled() else state.mul_
-        state = scale(from_start[..., -1].repeat_interleave(p, dim=-1)[..., None])
-        update_bgkq = (x * (dt * to_end)[..., None]).mT.flatten(2, 3)
-        state.flatten(0, 1).baddbmm_(update_bgkq.flatten(0, 1), B.flatten(0, 1))
+        state = scale(from_start[..., -1].repeat_interleave(p, dim=-1).view(parts, -1, 1))
+        update_mks = (x * (dt * to_end)[..., None]).mT.reshape(parts, -1, dt.shape[-1])
+        state.baddbmm_(update_mks, B.flatten(0, 1).expand(parts, -1, -1))
         outputs.append(y.flatten(1, 2).transpose(1, 2).to(x_blhp.dtype))
     y_blhp = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
     return y_blhp, state.view(b, h, p, n)
