@@ -3,7 +3,9 @@
 Prefill is one forward that fills an empty cache and gives the last position's logits. Decode is one
 forward per token behind a given depth, and the choice of the likeliest token; the cache holds
 random keys, values and states of that depth, which cost what true ones cost, and is set back after
-each step so that the depth stays. Times are wall-clock, as a user waits.
+each step so that the depth stays. Times are wall-clock, as a user waits. On a CPU, reading an array
+that fits no cache takes its turns with the steps: what memory gives may change from one minute to
+the next, and a step is held against what it gave meanwhile.
 
 The gate: a prompt read whole by TORCH, against the same prompt read by each contestant as a prefill
 of all but one token and a step of one; logits of the last position. Two computations in one dtype
@@ -34,6 +36,7 @@ from .weights import excite
 
 GATE_TOKENS = 48
 BURST_SECONDS = 0.1  # of steps in one sample on a CPU: after another contestant the first is slower
+READING = "reading memory"
 MEMORY_SHARE = 0.9  # of what is free; activations take the rest
 
 
@@ -141,6 +144,8 @@ def run(
                     call := _bind(people[one], part, w, tokens, cache)
                 ):
                     calls[one] = call
+            if w.phase == "decode" and device.type == "cpu" and calls:
+                calls[READING] = torch.ones(machine.CPU_SIZES[-1] // 4).sum
             taken = timing.measure(calls, clock, budget)
             for one, call in calls.items():
                 if settings := getattr(call, "settings", ""):
@@ -154,12 +159,17 @@ def run(
             for call in calls.values():
                 getattr(call, "close", int)()
             calls = call = cache = None
+        reading = taken.pop(READING, None)
         for one, measured in taken.items():
             parts[one] |= contest.times(measured)
             contest.rates(parts[one], cost, dtype, ceilings)
             parts[one]["tokens_per_second"] = w.batch * w.length / measured.p50
-            read = parts[one]["bytes_per_second"] / ceilings.bandwidths[-1].read
-            parts[one]["percent_of_read"] = 100 * read
+            if reading is not None:
+                share = cost.bytes / machine.CPU_SIZES[-1]
+                parts[one]["percent_of_read"] = {
+                    point: 100 * share * times
+                    for point, times in timing.ratio(reading, measured).items()
+                }
             if one not in contestants.PEERS:
                 parts[one]["speed_over"] = {
                     peer: timing.ratio(taken[peer], measured)

@@ -397,6 +397,7 @@ def test_ratios_to_the_peers(monkeypatch):
 
     def measure(calls, clock, budget):
         samples = {"torch": [1.0, 2.0, 2.0], "transformers": [3.0, 3.0, 3.0]}
+        samples[generation_bench.READING] = [0.5, 0.6, 0.7]
         return {name: timing.summarise(samples[name]) for name in calls}
 
     monkeypatch.setattr(generation_bench.timing, "measure", measure)
@@ -412,9 +413,13 @@ def test_ratios_to_the_peers(monkeypatch):
         "transformers": pytest.approx({"p20": 1.5, "p50": 1.5, "p80": 2.4})
     }
     assert absent["implementation"] == "triton" and "speed_over" not in peer
-    read = CEILINGS.bandwidths[-1].read
-    assert ours["percent_of_read"] == pytest.approx(100 * ours["bytes"] / 2.0 / read)
-    assert "1.50x transformers [1.50, 2.40]" in report.line("torch", ours)
+    per_cent = 100 * ours["bytes"] / 2**28  # of what was read beside it, 256 MiB, in each round
+    assert ours["percent_of_read"] == pytest.approx(
+        {"p20": 0.32 * per_cent, "p50": 0.35 * per_cent, "p80": 0.44 * per_cent}
+    )
+    line = report.line("torch", ours)
+    assert "1.50x transformers [1.50, 2.40]" in line
+    assert f"{ours['percent_of_read']['p50']:.0f} % of reading memory" in line
 
 
 def test_memory_is_given_in_turns(monkeypatch):

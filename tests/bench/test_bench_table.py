@@ -52,6 +52,8 @@ def test_the_best_of_ours_beside_each_peer():
     ]
     records[2]["speed_over"] |= over(**{"llama.cpp": 0.5})
     records[-2]["speed_over"] = {}
+    records[1]["percent_of_read"] = over(p=99)["p"]
+    records[2]["percent_of_read"] = over(p=71.4)["p"]
     lines = generation_table.markdown(records).splitlines()
     assert lines[0] == "m, float32:" and "m, bfloat16:" in lines
     cells = [cell.strip() for cell in lines[4].strip("|").split("|")]
@@ -63,10 +65,10 @@ def test_the_best_of_ours_beside_each_peer():
         "**2.25** [2.15, 2.35]",
         "100 ms",
         "**0.50** [0.40, 0.60]",
-        "13 %",
+        "71 %",  # of reading memory
     ]
     assert lines[5].startswith("| prefill 2,048 | 10.0 ms (torch) | 800.0 | not run |  | not run |")
-    assert lines[-1].startswith("| prefill 5 behind 9 | 10.0 ms")
+    assert lines[-1].startswith("| prefill 5 behind 9 | 10.0 ms") and lines[-1].endswith("13 % |")
     assert len({line.count("|") for line in lines[2:6]}) == 1
     assert generation_table.markdown([]) == ""
 
