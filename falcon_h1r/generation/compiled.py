@@ -47,9 +47,8 @@ def _recorded_inductor(graph, examples) -> Callable:
     """
     from torch._dynamo.backends.registry import lookup_backend
 
-    with torch._inductor.config.patch(
-        size_asserts=False
-    ):  # 30 a layer; `_Tape.form` looks at shapes
+    # Thirty assertions a layer: `_Tape.form` looks at the shapes of what varies, once a step.
+    with torch._inductor.config.patch(size_asserts=False):
         compiled = lookup_backend("inductor")(graph, examples)
 
     def run(*inputs):
