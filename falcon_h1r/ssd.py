@@ -125,8 +125,9 @@ def _scan_in_chunks(
     A_gr1 = A_h.to(work).view(g, h // g, 1)
     D_gr1 = None if D_h is None else D_h.to(work).view(g, h // g, 1)
     state = _initial_state(initial_state_bhpn, x_blhp, (b, h, p, n))
-    # Products with the state: one for each head, which stays in a core's cache, where all heads of
-    # all rows share one B and C; else one for each group, since they are not copied to the heads.
+    # Products with the state (axis m, k channels each): one for each head, which stays in a core's
+    # cache, where all heads of all rows share one B and C; else one for each group of a row, since
+    # B and C are never copied to the heads.
     parts = h if b * g == 1 else b * g
     state = state.clone(memory_format=torch.contiguous_format).view(parts, -1, n)
     chunks = zip(

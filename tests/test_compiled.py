@@ -40,6 +40,13 @@ def skip_without_onednn(model):
         pytest.skip(reason)
 
 
+def streamed(variant="two_groups"):
+    """A model, and the same prepared for compiled steps."""
+    model = make_model(make_config(variant))
+    skip_without_onednn(model)
+    return model, use_onednn(same_weights(model), stream=True)
+
+
 def filled(model, lengths):
     """A cache behind prompts of these lengths, with room for the steps."""
     ids = random_ids(model.config, len(lengths), max(lengths))
@@ -187,9 +194,7 @@ def test_float64_without_onednn():
 @torch.no_grad()
 def test_one_graph_for_all_layers_lengths_and_caches():
     """From the first token of all until a cache is full, then the same in a larger one."""
-    model = make_model(make_config("no_gated_norm"))
-    skip_without_onednn(model)
-    fast = use_onednn(same_weights(model), stream=True)
+    model, fast = streamed("no_gated_norm")
     for size in (9, 30):
         caches = model.new_cache(1, size), fast.new_cache(1, size)
         step = CompiledStep(fast, caches[1])
@@ -223,19 +228,10 @@ def test_steps_of_several_models_do_not_mix():
             assert rms_error(form(tokens), logits[i]) < 1e-5
 
 
-def streamed(variant="two_groups"):
-    """A model, and the same prepared for compiled steps."""
-    model = make_model(make_config(variant))
-    skip_without_onednn(model)
-    return model, use_onednn(same_weights(model), stream=True)
-
-
 def step_and_truth(step, model, cache):
     """Logits of a compiled step, and what `model` makes of a copy of its cache."""
-    copy, tokens = (
-        cache.select(range(cache.batch_size)),
-        random_ids(model.config, len(cache.lengths)),
-    )
+    copy = cache.select(range(cache.batch_size))
+    tokens = random_ids(model.config, cache.batch_size)
     expected = model(tokens[:, None], cache=copy)[:, -1]
     found = step(tokens)
     assert rms_error(cache.states, copy.states) < 1e-5 and rms_error(cache.keys, copy.keys) < 1e-5
@@ -271,6 +267,22 @@ def test_played_steps_count_beyond_the_numbers_that_python_keeps():
     for length in (300, 397, 5):
         cache.lengths.fill_(length)
         assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_played_step_refuses_other_numbers_of_tokens():
+    """A graph of two rows would compute two of three."""
+    model, fast = streamed()
+    cache = filled(fast, (6, 6))
+    step = CompiledStep(fast, cache)
+    for _ in range(2):
+        step_and_truth(step, model, cache)
+    lengths = cache.lengths.tolist()
+    for tokens in (torch.zeros(3), torch.zeros(1), torch.zeros(2, 1)):
+        with pytest.raises(ValueError, match=r"tokens_b: \(.*\), expected \(2,\), one a row"):
+            step(tokens.long())
+    assert cache.lengths.tolist() == lengths
+    assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
 
 
 @torch.no_grad()
@@ -326,9 +338,7 @@ def test_steps_where_nothing_is_compiled():
 
 def test_generate_gives_the_same_tokens():
     """Rows that end are computed along: no other batch size is compiled."""
-    model = make_model(make_config("tied"))
-    skip_without_onednn(model)
-    fast = use_onednn(same_weights(model), stream=True)
+    model, fast = streamed("tied")
     prompts = [random_ids(model.config, n, seed=n) for n in (9, 3, 5)]
     params = [
         SamplingParams(max_new_tokens=n, stop_token_ids=(), temperature=1.0, seed=7)
@@ -359,9 +369,7 @@ def test_streamed_products(dtype, rows):
 
 def test_a_tied_model_still_saves(tmp_path):
     """The head that streams the embedding's weights is no weight of its own."""
-    model = make_model(make_config("tied"))
-    skip_without_onednn(model)
-    fast = use_onednn(same_weights(model), stream=True)
+    model, fast = streamed("tied")
     assert set(fast.state_dict()) == set(model.state_dict())
     fast.save_pretrained(tmp_path / "saved")
     assert fast.lm_head.weight.data_ptr() == fast.model["embed_tokens"].weight.data_ptr()

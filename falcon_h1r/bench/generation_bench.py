@@ -166,7 +166,7 @@ def run(
             parts[one]["tokens_per_second"] = w.batch * w.length / measured.p50
             if reading is not None:
                 share = cost.bytes / machine.CPU_SIZES[-1]
-                parts[one]["percent_of_read"] = {
+                parts[one]["percent_of_reading"] = {
                     point: 100 * share * times
                     for point, times in timing.ratio(reading, measured).items()
                 }

@@ -58,7 +58,7 @@ def _cells(people: dict[str, dict[str, Any]]) -> list[str]:
             cells.append(f"**{s['p50']:.2f}** [{s['p20']:.2f}, {s['p80']:.2f}]")
         else:
             cells += ["not run", ""]
-    reading = best.get("percent_of_read")
+    reading = best.get("percent_of_reading")
     share = best["percent_of_ceiling"] if reading is None else reading["p50"]
     return [*cells, f"{share:.0f} %"]
 

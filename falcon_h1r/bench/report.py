@@ -93,8 +93,8 @@ def line(name: str, part: dict[str, Any]) -> str:
         text += f"  {part['times_torch']:.2f}x torch"
     if "tokens_per_second" in part:
         text += f"  {part['tokens_per_second']:,.1f} tokens/s"
-    if "percent_of_read" in part:
-        text += f"  {part['percent_of_read']['p50']:.0f} % of reading memory"
+    if "percent_of_reading" in part:
+        text += f"  {part['percent_of_reading']['p50']:.0f} % of reading memory"
     for peer, s in part.get("speed_over", {}).items():
         text += f"  {s['p50']:.2f}x {peer} [{s['p20']:.2f}, {s['p80']:.2f}]"
     if "settings" in part:

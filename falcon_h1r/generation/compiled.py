@@ -146,9 +146,13 @@ class CompiledStep:
     def __call__(self, tokens_b: Tensor, span: Span | None = None) -> Tensor:
         """tokens_b: (b,) integers; span: of `Span.step`, else made here.
 
-        Raises ValueError when a row is full.
+        Raises ValueError when a row is full, or when there is not one token for each row.
         """
         model, cache = self._model, self._cache
+        if tokens_b.shape != (cache.batch_size,):  # a graph would take the first rows of more
+            raise ValueError(
+                f"tokens_b: {tuple(tokens_b.shape)}, expected ({cache.batch_size},), one a row"
+            )
         if span is None:
             work = torch.promote_types(model.dtype, torch.float32)
             shape = (cache.batch_size, 1)

@@ -414,12 +414,12 @@ def test_ratios_to_the_peers(monkeypatch):
     }
     assert absent["implementation"] == "triton" and "speed_over" not in peer
     per_cent = 100 * ours["bytes"] / 2**28  # of what was read beside it, 256 MiB, in each round
-    assert ours["percent_of_read"] == pytest.approx(
+    assert ours["percent_of_reading"] == pytest.approx(
         {"p20": 0.32 * per_cent, "p50": 0.35 * per_cent, "p80": 0.44 * per_cent}
     )
     line = report.line("torch", ours)
     assert "1.50x transformers [1.50, 2.40]" in line
-    assert f"{ours['percent_of_read']['p50']:.0f} % of reading memory" in line
+    assert f"{ours['percent_of_reading']['p50']:.0f} % of reading memory" in line
 
 
 def test_memory_is_given_in_turns(monkeypatch):

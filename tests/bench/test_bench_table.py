@@ -52,8 +52,8 @@ def test_the_best_of_ours_beside_each_peer():
     ]
     records[2]["speed_over"] |= over(**{"llama.cpp": 0.5})
     records[-2]["speed_over"] = {}
-    records[1]["percent_of_read"] = over(p=99)["p"]
-    records[2]["percent_of_read"] = over(p=71.4)["p"]
+    records[1]["percent_of_reading"] = over(p=99)["p"]
+    records[2]["percent_of_reading"] = over(p=71.4)["p"]
     lines = generation_table.markdown(records).splitlines()
     assert lines[0] == "m, float32:" and "m, bfloat16:" in lines
     cells = [cell.strip() for cell in lines[4].strip("|").split("|")]

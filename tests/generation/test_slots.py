@@ -230,23 +230,15 @@ def test_a_prompt_that_is_held_is_read_once_until_it_is_released():
 
 def test_held_prompts_leave_the_rows_of_traces_free():
     """Without a budget they are rows beside max_rows, with one they are rows of it."""
-    engine = Engine(MemoryModel(), max_rows=4)
-    for i in range(6):
-        engine.hold(ids(3, i))
-        engine.add(ids(3, i), params(2))
-        run(engine)
-    assert len(engine._slots.prompts) == 6 and engine.free == 4
-    engine.add(ids(3, 2), params(n=9))
-    assert max(len(step.traces) for step in run(engine)) == 4
-
-    engine = Engine(MemoryModel(), max_rows=4, memory_budget=5 * ROW)
-    for i in range(3):
-        engine.hold(ids(3, i))
-        engine.add(ids(3, i), params(2))
-        run(engine)
-    assert len(engine._slots.prompts) == 3 and engine.free == 2
-    engine.add(ids(3, 2), params(n=9))
-    assert max(len(step.traces) for step in run(engine)) == 2
+    for budget, held, free in ((None, 6, 4), (5 * ROW, 3, 2)):
+        engine = Engine(MemoryModel(), max_rows=4, memory_budget=budget)
+        for i in range(held):
+            engine.hold(ids(3, i))
+            engine.add(ids(3, i), params(2))
+            run(engine)
+        assert len(engine._slots.prompts) == held and engine.free == free
+        engine.add(ids(3, 2), params(n=9))
+        assert max(len(step.traces) for step in run(engine)) == free
 
 
 def test_a_piece_of_a_prompt_is_read_between_two_steps():
