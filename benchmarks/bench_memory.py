@@ -153,7 +153,10 @@ def work(way: str, args: argparse.Namespace) -> dict:
 
 
 def reader(way: str, args: argparse.Namespace, tokens: int):
-    """A function that reads a prompt into an empty cache; the cache's bytes; the vocabulary."""
+    """A function that reads a prompt into an empty cache; the cache's bytes; the vocabulary.
+
+    The function returns None, or the seconds that it estimates.
+    """
     from dataclasses import replace
 
     import torch
@@ -176,7 +179,11 @@ def reader(way: str, args: argparse.Namespace, tokens: int):
         if isinstance(peer, str):
             raise SystemExit(f"transformers: {peer}")
         whole = {"use_cache": True, "logits_to_keep": 1}
-        return lambda ids: peer(ids, **whole), cache_bytes, config.vocab_size
+
+        def read_whole(ids):
+            peer(ids, **whole)
+
+        return read_whole, cache_bytes, config.vocab_size
     if way != "ours":
         from falcon_h1r.onednn import use_onednn
 

@@ -147,15 +147,27 @@ def test_peak_memory_is_what_a_prompt_takes():
     pytest.importorskip("transformers")
     command = [sys.executable, str(SCRIPTS / "bench_memory.py"), "--preset", "h1r-pico"]
     done = subprocess.run(
-        [*command, "--tokens", "2048", "4096", "--limit", "0.001", "--ways", "ours"],
+        [
+            *command,
+            "--tokens",
+            "2048",
+            "4096",
+            "--limit",
+            "0.001",
+            "--ways",
+            "ours",
+            "transformers",
+        ],
         capture_output=True,
         text=True,
         check=True,
     )
     found = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert len(found) == 1 and "4,096 | ours | not run" in done.stdout
+    assert [row["way"] for row in found] == ["ours", "transformers"]
+    assert "4,096 | ours | not run" in done.stdout
     # At least the cache; not the torch library, nor hundreds of times as much.
-    assert found[0]["cache_bytes"] <= found[0]["peak_bytes"] < 100 * 2**20
+    for row in found:
+        assert row["cache_bytes"] <= row["peak_bytes"] < 200 * 2**20 and row["seconds"] > 0
 
 
 @pytest.mark.slow  # processes that import torch and transformers
