@@ -17,6 +17,9 @@ in which everything is computed. Every decay is exp of a difference of cumulativ
 float64, since a difference of float32 sums loses the weak decays that follow strong ones.
 """
 
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -110,38 +113,53 @@ def ssd_chunked(
     size = min(chunk_size, LONGEST_CHUNK)
     inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn
     if in_cpu_graph(x_blhp) and seq_idx_bl is None:
-        return _scan_at_once(size, *inputs)
+        return _scan_in_graph(size, *inputs)
     return _scan_in_chunks(size, *inputs, seq_idx_bl)
+
+
+class _Chunk(NamedTuple):
+    """What the products of a chunk take beside x and the state, in the compute dtype."""
+
+    B_bgsn: Tensor
+    C_bgqn: Tensor
+    from_start_bhq: Tensor  # decay of the state before the chunk, up to and with position q
+    kept_bhs: Tensor  # dt_s, times the decay from behind position s to the chunk's end
+    share_bhqs: Tensor  # how much of x_s stands in y_q, D on the diagonal
+
+
+class _Chunk(NamedTuple):
+    """What the products of a chunk take beside x and the state, in the compute dtype."""
+
+    B_bgsn: Tensor
+    C_bgqn: Tensor
+    from_start_bhq: Tensor  # decay of the state before the chunk, up to and with position q
+    kept_bhs: Tensor  # dt_s, times the decay from behind position s to the chunk's end
+    share_bhqs: Tensor  # how much of x_s stands in y_q, D on the diagonal
 
 
 def _scan_in_chunks(
     size: int, x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
 ) -> tuple[Tensor, Tensor]:
+    _check_shapes(x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl)
+    inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, seq_idx_bl
+    return _through_chunks(size, x_blhp, _chunks(size, *inputs), initial_state_bhpn)
+
+
+def _chunks(size: int, x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, seq_idx_bl) -> Iterator[_Chunk]:
     """In-place operators touch fresh tensors only, of which autograd keeps nothing."""
-    b, l, h, p, g, n = _check_shapes(
-        x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
-    )
-    work = compute_dtype(x_blhp)
-    A_gr1 = A_h.to(work).view(g, h // g, 1)
-    D_gr1 = None if D_h is None else D_h.to(work).view(g, h // g, 1)
-    state = _initial_state(initial_state_bhpn, x_blhp, (b, h, p, n))
-    # Products with the state (axis m, k channels each): one for each head, which stays in a core's
-    # cache, where all heads of all rows share one B and C; else one for each group of a row, since
-    # B and C are never copied to the heads.
-    parts = h if b * g == 1 else b * g
-    state = state.clone(memory_format=torch.contiguous_format).view(parts, -1, n)
+    g, work = B_blgn.shape[2], compute_dtype(x_blhp)
+    A_gr1 = A_h.to(work).view(g, -1, 1)
+    D_gr1 = None if D_h is None else D_h.to(work).view(g, -1, 1)
     chunks = zip(
-        rearrange(x_blhp, "b l (g r) p -> b g r l p", g=g).split(size, -2),
         rearrange(dt_blh, "b l (g r) -> b g r l", g=g).split(size, -1),
         rearrange(B_blgn, "b l g n -> b g l n").split(size, -2),
         rearrange(C_blgn, "b l g n -> b g l n").split(size, -2),
         strict=True,
     )
-    outputs = []
-    for index, (x_bgrsp, dt_bgrs, B_bgsn, C_bgqn) in enumerate(chunks):
-        x, dt, B, C = x_bgrsp.to(work), dt_bgrs.to(work), B_bgsn.to(work), C_bgqn.to(work)
+    for index, (dt_bgrs, B_bgsn, C_bgqn) in enumerate(chunks):
+        dt, B, C = dt_bgrs.to(work), B_bgsn.to(work), C_bgqn.to(work)
 
-        # 1. Cumulative log-decay: exp(sum_q - sum_s) carries position s to position q.
+        # Cumulative log-decay: exp(sum_q - sum_s) carries position s to position q.
         sum_bgrq = (dt.double() * A_gr1).cumsum(-1)
         from_start = sum_bgrq.to(work).exp()
         to_end = (sum_bgrq[..., -1:] - sum_bgrq).to(work).exp()
@@ -154,36 +172,65 @@ def _scan_in_chunks(
             from_start = from_start * (idx == before)[:, None, None]
             to_end = to_end * (idx == idx[:, -1:])[:, None, None]
 
-        # 2. Inside the chunk: how much of x_s stands in y_q, D on the diagonal. The clamp touches
-        # the masked upper triangle only: no inf * 0 there.
+        # The clamp touches the masked upper triangle only: no inf * 0 there.
         share_bgrqs = (sum_bgrq[..., :, None] - sum_bgrq[..., None, :]).to(work).clamp_(max=0)
         share_bgrqs = (share_bgrqs.exp_() * CB_bgqs[:, :, None]).mul_(dt[..., None, :])
         if D_gr1 is not None:
             share_bgrqs.diagonal(dim1=-2, dim2=-1).add_(D_gr1)
-        y = share_bgrqs @ x
-
-        # 3. What the state brings in.
-        if index > 0 or initial_state_bhpn is not None:  # else it is zero
-            carried_mqk = C.flatten(0, 1).expand(parts, -1, -1) @ state.mT
-            carried = carried_mqk.view(b, g, parts // (b * g), -1, b * h // parts, p)
-            y.addcmul_(carried.transpose(3, 4).flatten(2, 3), from_start[..., None])
-
-        # 4. The state at the chunk's end, in its own memory unless gradients will need the old one.
-        scale = state.mul if torch.is_grad_enabled() else state.mul_
-        state = scale(from_start[..., -1].repeat_interleave(p, dim=-1).view(parts, -1, 1))
-        update_mks = (x * (dt * to_end)[..., None]).mT.reshape(parts, -1, dt.shape[-1])
-        state.baddbmm_(update_mks, B.flatten(0, 1).expand(parts, -1, -1))
-        outputs.append(y.flatten(1, 2).transpose(1, 2).to(x_blhp.dtype))
-    y_blhp = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
-    return y_blhp, state.view(b, h, p, n)
+        per_head = (t.flatten(1, 2) for t in (from_start, dt * to_end, share_bgrqs))
+        yield _Chunk(B, C, *per_head)
 
 
-def _scan_at_once(
+def _through_chunks(
+    size: int, x_blhp, chunks: Iterable[_Chunk], initial_state_bhpn
+) -> tuple[Tensor, Tensor]:
+    """The products: what stays inside a chunk, and the state from one chunk to the next."""
+    b, _, h, p = x_blhp.shape
+    work, graded, state, outputs = compute_dtype(x_blhp), torch.is_grad_enabled(), None, []
+    # A chunk's y stays in a core's cache, and its memory serves the next one; not with gradients.
+    y_blhp = None if graded else torch.empty_like(x_blhp, memory_format=torch.contiguous_format)
+    starts = range(0, x_blhp.shape[1], size)
+    for start, x_bhsp, chunk in zip(starts, x_blhp.transpose(1, 2).split(size, 2), chunks):
+        B_bgsn, C_bgqn, from_start_bhq, kept_bhs, share_bhqs = chunk
+        g, length, n = B_bgsn.shape[1:]
+        x = x_bhsp.to(work)
+
+        # Products with the state (axis m, k channels each): one for each head, which stays in a
+        # core's cache, where all heads of all rows share one B and C; else one for each group of
+        # a row, since B and C are never copied to the heads.
+        parts = h if b * g == 1 else b * g
+        if state is None:
+            state = _initial_state(initial_state_bhpn, x, (b, h, p, n))
+            state = state.clone(memory_format=torch.contiguous_format)
+
+        # 1. What the state brings in, and what stays in the chunk.
+        share, x_of_heads = share_bhqs.flatten(0, 1), x.reshape(b * h, length, p)
+        if start > 0 or initial_state_bhpn is not None:
+            carried_mqk = C_bgqn.flatten(0, 1).expand(parts, -1, -1) @ state.view(parts, -1, n).mT
+            y = carried_mqk.view(parts, length, -1, p).transpose(1, 2).reshape(b * h, length, p)
+            y.mul_(from_start_bhq.reshape(b * h, length, 1)).baddbmm_(share, x_of_heads)
+        else:
+            y = share @ x_of_heads  # the state is zero
+        y_bqhp = y.view(b, h, length, p).transpose(1, 2)
+        if y_blhp is None:
+            outputs.append(y_bqhp.to(x_blhp.dtype))
+        else:
+            y_blhp[:, start : start + size] = y_bqhp
+
+        # 2. The state at the chunk's end, in its own memory unless gradients will need the old one.
+        through = from_start_bhq[..., -1, None, None]
+        state = state * through if graded else state.mul_(through)
+        update_mks = (x * kept_bhs[..., None]).mT.reshape(parts, -1, length)
+        state.view(parts, -1, n).baddbmm_(update_mks, B_bgsn.flatten(0, 1).expand(parts, -1, -1))
+    return torch.cat(outputs, dim=1) if graded else y_blhp, state
+
+
+def _scan_in_graph(
     size: int, x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn
 ) -> tuple[Tensor, Tensor]:
-    """`_scan_in_chunks` for Inductor: each of its steps for all chunks (axis c) in one loop.
+    """`_scan_in_chunks` for Inductor: what the products take, for all chunks (axis c) in one loop.
 
-    A graph holds no loop of as many turns as there are chunks; the states' is an operator.
+    A graph holds no loop of as many turns as there are chunks: the products are one operator.
     """
     b, l, h, p, g, n = _check_shapes(
         x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, None
@@ -191,67 +238,50 @@ def _scan_at_once(
     work, count = compute_dtype(x_blhp), (l + size - 1) // size
 
     def cut(t: Tensor) -> Tensor:
-        """(b, l, ...) -> (b, c, s, ...); dt = 0 in the padding holds the state."""
+        """(b, l, i, ...) -> (c, b, i, s, ...), in whole chunks: dt = 0 holds the state."""
         padding = (0, 0) * (t.dim() - 2) + (0, count * size - l)
-        return F.pad(t.to(work), padding).unflatten(1, (count, size))
+        t = F.pad(t.to(work), padding).unflatten(1, (count, size))
+        return as_buffer(t.transpose(0, 1).transpose(2, 3))
 
-    x, dt, B, C = cut(x_blhp), cut(dt_blh), cut(B_blgn), cut(C_blgn)
-    x_bchsp, dt_bchs = as_buffer(x.transpose(2, 3)), as_buffer(dt.transpose(2, 3))
-    B_bcgsn, C_bcgqn = as_buffer(B.transpose(2, 3)), as_buffer(C.transpose(2, 3))
-
-    # 1. Decays.
-    sum_bchq = (dt_bchs.double() * A_h.to(work)[:, None]).cumsum(-1)
-    from_start = as_buffer(sum_bchq.to(work).exp())
-    to_end = (sum_bchq[..., -1:] - sum_bchq).to(work).exp()
-
-    # 2. Inside the chunks.
-    CB_bchqs = (C_bcgqn @ B_bcgsn.mT).repeat_interleave(h // g, 2)
-    share = (sum_bchq[..., :, None] - sum_bchq[..., None, :]).to(work).clamp(max=0).exp()
-    position = torch.arange(size, device=x.device)
-    share = torch.where(position <= position[:, None], share * CB_bchqs * dt_bchs[..., None, :], 0)
-    y_bchqp = as_buffer(share) @ x_bchsp
-
-    # 3. The states before each chunk, one after another.
-    update_bcshp = as_buffer(x * (dt * to_end.transpose(2, 3))[..., None])
-    update_bcgsk = update_bcshp.unflatten(3, (g, -1)).flatten(4).transpose(2, 3)
-    added_bchpn = (update_bcgsk.mT @ B_bcgsn).unflatten(3, (-1, p)).flatten(2, 3)
-    if initial_state_bhpn is None:
-        initial_state_bhpn = x.new_zeros(b, h, p, n)
-    through_bch = as_buffer(from_start[..., -1])
-    states = torch.ops.falcon_h1r.chunk_states(initial_state_bhpn, through_bch, added_bchpn)
-
-    # 4. What they bring in.
-    before_bcgkn = states[:, :-1].unflatten(2, (g, -1)).flatten(3, 4)
-    carried_bcgqrp = (C_bcgqn @ before_bcgkn.mT).unflatten(-1, (-1, p))
-    y_bchqp = y_bchqp + carried_bcgqrp.transpose(3, 4).flatten(2, 3) * from_start[..., None]
+    dt_cbhs, B_cbgsn, C_cbgqn = cut(dt_blh), cut(B_blgn), cut(C_blgn)
+    sum_cbhq = (dt_cbhs.double() * A_h.to(work)[:, None]).cumsum(-1)
+    from_start = as_buffer(sum_cbhq.to(work).exp())
+    kept = as_buffer(dt_cbhs * (sum_cbhq[..., -1:] - sum_cbhq).to(work).exp())
+    CB_cbhqs = (C_cbgqn @ B_cbgsn.mT).repeat_interleave(h // g, 2)
+    share = (sum_cbhq[..., :, None] - sum_cbhq[..., None, :]).to(work).exp()  # inf where s > q
+    q = torch.arange(size, device=x_blhp.device)[:, None]
+    share = torch.where(q.mT <= q, share * CB_cbhqs * dt_cbhs[..., None, :], 0)
     if D_h is not None:
-        y_bchqp = y_bchqp + D_h.to(work)[:, None, None] * x_bchsp
-    # Not a slice, of which would be asked whether it is the whole: that became part of the graph.
-    y_blhp = y_bchqp.transpose(2, 3).flatten(1, 2).index_select(1, torch.arange(l, device=x.device))
-    return y_blhp.to(x_blhp.dtype), states[:, -1]
+        share = torch.where(q.mT == q, share + D_h.to(work)[:, None, None], share)
+    return torch.ops.falcon_h1r.through_chunks(
+        x_blhp, B_cbgsn, C_cbgqn, from_start, kept, as_buffer(share), initial_state_bhpn
+    )
 
 
 torch.library.define(
-    "falcon_h1r::chunk_states", "(Tensor state, Tensor decay, Tensor added) -> Tensor"
+    "falcon_h1r::through_chunks",
+    "(Tensor x, Tensor B, Tensor C, Tensor from_start, Tensor kept, Tensor share, Tensor? state)"
+    " -> (Tensor, Tensor)",
 )
 
 
-@torch.library.impl("falcon_h1r::chunk_states", "CPU")
-def _chunk_states(state_bhpn: Tensor, decay_bch: Tensor, added_bchpn: Tensor) -> Tensor:
-    """The states before each chunk and, last, behind all of them: (b, c + 1, h, p, n)."""
-    b, c, *rest = added_bchpn.shape
-    states = added_bchpn.new_empty(b, c + 1, *rest)
-    states[:, 0] = state_bhpn
-    for i in range(c):
-        decay = decay_bch[:, i, :, None, None]
-        torch.addcmul(added_bchpn[:, i], states[:, i], decay, out=states[:, i + 1])
-    return states
+@torch.library.impl("falcon_h1r::through_chunks", "CPU")
+def _through_padded_chunks(x_blhp, B_cbgsn, *arguments):
+    """`_through_chunks` of what `_scan_in_graph` made."""
+    *weights, state_bhpn = arguments
+    size = B_cbgsn.shape[-2]
+    chunks = [_Chunk(*chunk) for chunk in zip(B_cbgsn, *weights)]
+    if rest := x_blhp.shape[1] % size:
+        chunks[-1] = _Chunk(*(t[:, :, :rest] for t in chunks[-1]))
+        chunks[-1] = chunks[-1]._replace(share_bhqs=chunks[-1].share_bhqs[..., :rest])
+    return _through_chunks(size, x_blhp, chunks, state_bhpn)
 
 
-@torch.library.register_fake("falcon_h1r::chunk_states")
-def _(state_bhpn, decay_bch, added_bchpn):
-    b, c, *rest = added_bchpn.shape
-    return added_bchpn.new_empty(b, c + 1, *rest)
+@torch.library.register_fake("falcon_h1r::through_chunks")
+def _(x_blhp, B_cbgsn, *others):
+    b, _, h, p = x_blhp.shape
+    state = x_blhp.new_empty(b, h, p, B_cbgsn.shape[-1], dtype=B_cbgsn.dtype)
+    return torch.empty_like(x_blhp, memory_format=torch.contiguous_format), state
 
 
 def ssd_step(
