@@ -79,6 +79,10 @@ class Cache:
         """Views of one layer's tensors."""
         return LayerCache(*(getattr(self, name)[index] for name in TENSORS))
 
+    def layers(self) -> list[LayerCache]:
+        """`layer` of each, made together: one by one they are a hundred operators a step."""
+        return [LayerCache(*views) for views in zip(*(getattr(self, t).unbind() for t in TENSORS))]
+
     def expand(self, n: int) -> Cache:
         """A new cache with every row n times: row i becomes rows i*n to i*n + n - 1."""
         if not isinstance(n, int) or n < 1:

@@ -143,8 +143,9 @@ class FalconH1ForCausalLM(nn.Module):
                 self.config, cache, input_ids.shape, lengths, seq_idx, input_ids.device, work
             )
         x_bld = scaled(self.model["embed_tokens"](input_ids), self.config.embedding_multiplier)
-        for index, block in enumerate(self.model["layers"]):
-            layer = None if cache is None else cache.layer(index)
+        blocks = self.model["layers"]
+        layers = [None] * len(blocks) if cache is None else cache.layers()
+        for block, layer in zip(blocks, layers, strict=True):
             x_bld = block(x_bld, span, layer) if call is None else call(block, x_bld, span, layer)
         if cache is not None and not captured:
             cache.lengths += input_ids.shape[1] if lengths is None else lengths

@@ -258,15 +258,17 @@ def test_later_steps_are_played_without_torch_compile(monkeypatch):
 
 @torch.no_grad()
 def test_played_steps_count_beyond_the_numbers_that_python_keeps():
-    """Integers up to 256 are one object wherever they come from, larger ones are not."""
+    """Integers up to 256 are one object wherever they come from, larger ones are not. And attention
+    takes the keys in pieces."""
     model, fast = streamed()
     cache = fast.new_cache(1, 400)
     for part in (cache.keys, cache.values, cache.states):
         part.normal_(generator=torch.Generator().manual_seed(0))
     step = CompiledStep(fast, cache)
-    for length in (300, 397, 5):
+    for length in (300, 126, 127, 128, 255, 256, 397, 5):
         cache.lengths.fill_(length)
         assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
+    assert graphs() == 2
 
 
 @torch.no_grad()

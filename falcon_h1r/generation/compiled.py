@@ -135,7 +135,7 @@ class CompiledStep:
         self._model, self._cache = model, cache
         self._tapes: dict[tuple, _Tape] = {}
         self._reach = torch.empty(cache.max_length, dtype=torch.bool)  # only its length counts
-        self._layers = [cache.layer(index) for index in range(model.config.num_hidden_layers)]
+        self._layers = cache.layers()
         for layer in self._layers:
             for tensor in (layer.keys_bjse, layer.values_bjse):
                 torch._dynamo.mark_dynamic(tensor, 2)
