@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from .inductor import as_buffer, in_cpu_graph
 from .precision import compute_dtype
 
-# A compiled step attends in loops of its own from so many rows on, since a library's call starts
-# anew for every row and key head; in float32 always, unless its sums, one for each head and
-# channel of a key head, outgrow the registers by far.
+# A compiled step attends in loops of its own, unless there are few rows and the sums of a key head,
+# one for each of its query heads and channels, outgrow the registers by far.
 LOOP_ROWS, LOOP_SUMS = 16, 768
 PIECE = 128  # keys whose values such a loop sums at a time
 
@@ -86,8 +85,7 @@ def decode_attention(
     if lengths_b is not None:
         mask = (torch.arange(s, device=q_bhe.device) < lengths_b[:, None])[:, None, None]
     q_bjre = q_bhe.view(b, j, h // j, e)
-    loops = b >= LOOP_ROWS or (q_bhe.dtype == compute_dtype(q_bhe) and h // j * e <= LOOP_SUMS)
-    if loops and in_cpu_graph(q_bhe):
+    if (b >= LOOP_ROWS or h // j * e <= LOOP_SUMS) and in_cpu_graph(q_bhe):
         return _attention_in_loops(q_bjre, k_bjse, v_bjse, mask).reshape(b, h, e)
     o = F.scaled_dot_product_attention(q_bjre, k_bjse, v_bjse, attn_mask=mask)
     return o.reshape(b, h, e)
