@@ -95,7 +95,7 @@ def check(variant, dtype, rows):
 )
 @torch.no_grad()
 def test_steps_are_as_near_the_truth_as_uncompiled_ones(variant, dtype, rows):
-    """One row streams its weights; others are products of a library; many attend in loops."""
+    """One row streams its weights; others are products of a library."""
     check(variant, dtype, rows)
 
 
