@@ -12,8 +12,8 @@ from .inductor import as_buffer, in_cpu_graph
 from .precision import compute_dtype
 
 # A compiled step attends in loops of its own, unless there are few rows and the sums of a key head,
-# one for each of its query heads and channels, outgrow the registers by far.
-LOOP_ROWS, LOOP_SUMS = 16, 768
+# one for each of its query heads and channels, outgrow the registers.
+LOOP_ROWS, LOOP_SUMS = 16, 256
 PIECE = 128  # keys whose values such a loop sums at a time
 
 

@@ -72,13 +72,13 @@ def check(call, shape, dtype, lengths_of=lambda s, b: None):
 
 SHAPES = {
     "90m": (1, 4, 2, 64),
-    "7b": (1, 6, 2, 128),
+    "channels of the 7b": (1, 2, 2, 128),
     "a vector and a half": (2, 3, 2, 24),
     "less than a vector": (3, 1, 2, 8),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_any_number_of_keys_in_one_graph(compiled_attention, name, dtype):
     check(compiled_attention, SHAPES[name], dtype)
