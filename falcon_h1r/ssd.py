@@ -105,8 +105,8 @@ def ssd_chunked(
 ) -> tuple[Tensor, Tensor]:
     """The dual form inside chunks, the recurrence between them (paper section 6).
 
-    Time is linear in l, extra memory one chunk's: C B^T is formed once per group, never per head,
-    and B and C are not copied to the heads. chunk_size: positions per chunk (config key
+    Time is linear in l, extra memory one chunk's (compiled: a (q, s) matrix for each head of each
+    chunk): C B^T is formed once per group, and B and C are not copied to the heads. chunk_size: positions per chunk (config key
     mamba_chunk_size), LONGEST_CHUNK at most; the result depends on it by rounding only.
     """
     assert chunk_size > 0, chunk_size
@@ -115,16 +115,6 @@ def ssd_chunked(
     if in_cpu_graph(x_blhp) and seq_idx_bl is None:
         return _scan_in_graph(size, *inputs)
     return _scan_in_chunks(size, *inputs, seq_idx_bl)
-
-
-class _Chunk(NamedTuple):
-    """What the products of a chunk take beside x and the state, in the compute dtype."""
-
-    B_bgsn: Tensor
-    C_bgqn: Tensor
-    from_start_bhq: Tensor  # decay of the state before the chunk, up to and with position q
-    kept_bhs: Tensor  # dt_s, times the decay from behind position s to the chunk's end
-    share_bhqs: Tensor  # how much of x_s stands in y_q, D on the diagonal
 
 
 class _Chunk(NamedTuple):
