@@ -106,8 +106,9 @@ def ssd_chunked(
     """The dual form inside chunks, the recurrence between them (paper section 6).
 
     Time is linear in l, extra memory one chunk's (compiled: a (q, s) matrix for each head of each
-    chunk): C B^T is formed once per group, and B and C are not copied to the heads. chunk_size: positions per chunk (config key
-    mamba_chunk_size), LONGEST_CHUNK at most; the result depends on it by rounding only.
+    chunk): C B^T is formed once per group, and B and C are not copied to the heads.
+    chunk_size: positions per chunk (config key mamba_chunk_size), LONGEST_CHUNK at most; the result
+    depends on it by rounding only.
     """
     assert chunk_size > 0, chunk_size
     size = min(chunk_size, LONGEST_CHUNK)
