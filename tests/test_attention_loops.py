@@ -5,18 +5,13 @@ Truth is float64; expected errors are those of torch's fused attention in the sa
 
 import pytest
 import torch
+from compiler import needs_compiler
 from models import rms_error
 
 from falcon_h1r import attention
 from falcon_h1r.attention import PIECE, decode_attention, decode_attention_reference
-from falcon_h1r.generation import compiled
 
-try:
-    compiled.require_compiler()
-    no_compiler = ""
-except ValueError as error:
-    no_compiler = str(error)
-pytestmark = pytest.mark.skipif(bool(no_compiler), reason=no_compiler)
+pytestmark = needs_compiler
 FUSED = torch.nn.functional.scaled_dot_product_attention
 LENGTHS = (PIECE + 2, 2, 3, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 2 * PIECE + 1, 3 * PIECE - 1)
 

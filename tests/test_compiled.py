@@ -7,22 +7,17 @@ import itertools
 
 import pytest
 import torch
+from compiler import needs_compiler
 from models import VARIANTS, make_config, make_model, random_ids, rms_error, same_weights
 
 from falcon_h1r import SamplingParams, generate
-from falcon_h1r.generation import compiled
 from falcon_h1r.generation.compiled import CompiledPrefill, CompiledStep
 from falcon_h1r.onednn import streamed_linear, unusable, use_onednn
 from falcon_h1r.ops import REFERENCE
 
 STEPS = 5
 LENGTHS = {1: (6,), 2: (6, 6), 3: (7, 4, 1), 9: (3,) * 9, 17: (5, 3) + (2,) * 15}  # by rows
-try:
-    compiled.require_compiler()
-    no_compiler = ""
-except ValueError as error:
-    no_compiler = str(error)
-pytestmark = pytest.mark.skipif(bool(no_compiler), reason=no_compiler)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(autouse=True)
