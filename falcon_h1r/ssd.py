@@ -193,7 +193,8 @@ def _through_chunks(
     A view costs two microseconds of the half millisecond that a chunk of a small model takes.
     """
     b, _, h, p = x_blhp.shape
-    work, graded, state_ipn, outputs = compute_dtype(x_blhp), torch.is_grad_enabled(), None, []
+    work, graded, outputs = compute_dtype(x_blhp), torch.is_grad_enabled(), []
+    state_ipn = state_mkn = None
     # A chunk's y stays in a core's cache, and its memory serves the next one; not with gradients.
     y_blhp = None if graded else torch.empty_like(x_blhp, memory_format=torch.contiguous_format)
     y_cuts = itertools.repeat(None) if graded else y_blhp.transpose(1, 2).split(size, 2)
@@ -205,16 +206,17 @@ def _through_chunks(
         if state_ipn is None:
             state_ipn = _initial_state(initial_state_bhpn, x_isp, (b, h, p, n)).flatten(0, 1)
             state_ipn = state_ipn.clone(memory_format=torch.contiguous_format)
-        state_mkn = state_ipn.view(m, -1, n)
+            state_mkn = state_ipn.view(m, -1, n)
 
         # 1. What the state brings in, and what stays in the chunk.
         if zero:
             y_iqp = torch.bmm(share_iqs, x_isp)
         else:
-            carried_mqk = torch.bmm(C_mqn, state_mkn.mT)
-            carried_mrqp = carried_mqk.view(m, length, -1, p).transpose(1, 2)
-            y_iqp = carried_mrqp.reshape(b * h, length, p).mul_(from_start_iq1)
-            y_iqp.baddbmm_(share_iqs, x_isp)
+            y_iqp = torch.bmm(C_mqn, state_mkn.mT)
+            if m < b * h:  # (m, q, k) so far
+                y_mrqp = y_iqp.view(m, length, -1, p).transpose(1, 2)
+                y_iqp = y_mrqp.reshape(b * h, length, p)
+            y_iqp.mul_(from_start_iq1).baddbmm_(share_iqs, x_isp)
         if y_bhqp is None:
             outputs.append(y_iqp.view(b, h, length, p).transpose(1, 2).to(x_blhp.dtype))
         else:
@@ -222,9 +224,12 @@ def _through_chunks(
 
         # 2. The state at the chunk's end, in its own memory unless gradients will need the old one.
         through_i11 = from_start_iq1[:, -1:]
-        state_ipn = state_ipn * through_i11 if graded else state_ipn.mul_(through_i11)
-        update_mks = (x_isp * kept_is1).mT.reshape(m, -1, length)
-        state_ipn.view(m, -1, n).baddbmm_(update_mks, B_msn)
+        if graded:
+            state_ipn = state_ipn * through_i11
+            state_mkn = state_ipn.view(m, -1, n)
+        else:
+            state_ipn.mul_(through_i11)
+        state_mkn.baddbmm_((x_isp * kept_is1).mT.reshape(m, -1, length), B_msn)
     state_bhpn = state_ipn.view(b, h, p, -1)
     return torch.cat(outputs, dim=1) if graded else y_blhp, state_bhpn
 
