@@ -36,6 +36,7 @@ class Cache:
     def __init__(self, keys, values, windows, states, lengths):
         self.keys, self.values, self.windows, self.states = keys, values, windows, states
         self.lengths = lengths
+        self._layers: list[LayerCache] | None = None
 
     @classmethod
     def alloc(cls, config, batch_size: int, max_length: int, dtype, device) -> Cache:
@@ -61,6 +62,16 @@ class Cache:
                     f"model expects {list(shape)} {kind} on {device}"
                 )
 
+    def require_room(self, ends: Tensor) -> None:
+        """Raise ValueError where a row cannot hold ends (b,) tokens; on the CPU."""
+        if int(ends.max()) > self.max_length:
+            row = int(ends.argmax())
+            past = int(self.lengths[row])
+            raise ValueError(
+                f"cache full: row {row} holds {past} of {self.max_length} positions and "
+                f"{int(ends[row]) - past} more were given"
+            )
+
     @property
     def batch_size(self) -> int:
         return self.keys.shape[1]
@@ -80,8 +91,11 @@ class Cache:
         return LayerCache(*(getattr(self, name)[index] for name in TENSORS))
 
     def layers(self) -> list[LayerCache]:
-        """`layer` of each, made together: one by one they are a hundred operators a step."""
-        return [LayerCache(*views) for views in zip(*(getattr(self, t).unbind() for t in TENSORS))]
+        """`layer` of each, made once and together: one by one they are a hundred operators."""
+        if self._layers is None:
+            views = (getattr(self, name).unbind() for name in TENSORS)
+            self._layers = [LayerCache(*layer) for layer in zip(*views)]
+        return self._layers
 
     def expand(self, n: int) -> Cache:
         """A new cache with every row n times: row i becomes rows i*n to i*n + n - 1."""
@@ -241,12 +255,8 @@ class Span(NamedTuple):
         b, l = shape
         past = torch.zeros(b, dtype=torch.int64) if cache is None else cache.lengths
         ends = past + (l if lengths is None else lengths)
-        if cache is not None and int(ends.max()) > cache.max_length:
-            row = int(ends.argmax())
-            raise ValueError(
-                f"cache full: row {row} holds {int(past[row])} of {cache.max_length} positions and "
-                f"{int(ends[row] - past[row])} more were given"
-            )
+        if cache is not None:
+            cache.require_room(ends)
         level = bool((past == past[0]).all())
         column_l = torch.arange(l, device=device)
         past_on_device = past.to(device)

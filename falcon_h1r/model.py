@@ -122,7 +122,8 @@ class FalconH1ForCausalLM(nn.Module):
         each as if alone; not together with a cache or with padding.
         span: where the tokens stand, made by `Span.step`, for a forward that is captured: nothing
         is checked or read back, and the lengths of the cache stay with the caller.
-        call: call(module, *arguments) runs in place of each block and of the head: a compiled form.
+        call: call(function, *arguments) runs in place of each block, and of the norm and head
+        behind them: a compiled form.
         Returns (b, l or k, vocab) logits in float32 (float64 in a float64 model).
         Raises ValueError for ids outside the vocabulary, shapes that do not fit, a cache of another
         model, and a full cache.
@@ -150,11 +151,16 @@ class FalconH1ForCausalLM(nn.Module):
         if cache is not None and not captured:
             cache.lengths += input_ids.shape[1] if lengths is None else lengths
         x_bld = _rows_to_return(x_bld, l, lengths, shift, logits_to_keep)
+        return self._logits(x_bld) if call is None else call(self._logits, x_bld)
+
+    def _logits(self, x_bld: Tensor) -> Tensor:
+        """(b, l, d) -> (b, l, vocab): the final norm, the head and its multiplier."""
         x_bld = self.model["final_layernorm"](x_bld)
         if hasattr(self, "lm_head"):
-            logits = self.lm_head(x_bld) if call is None else call(self.lm_head, x_bld)
+            logits = self.lm_head(x_bld)
         else:  # tied
             logits = F.linear(x_bld, self.model["embed_tokens"].weight)
+        work = torch.promote_types(self.dtype, torch.float32)
         return scaled(logits.to(work), self.config.lm_head_multiplier)
 
     def _check_inputs(self, input_ids, attention_mask, cache, logits_to_keep, seq_idx):

@@ -11,6 +11,7 @@ from compiler import needs_compiler
 from models import VARIANTS, make_config, make_model, random_ids, rms_error, same_weights
 
 from falcon_h1r import SamplingParams, generate
+from falcon_h1r.cache import Span
 from falcon_h1r.generation.compiled import CompiledPrefill, CompiledStep
 from falcon_h1r.onednn import streamed_linear, unusable, use_onednn
 from falcon_h1r.ops import REFERENCE
@@ -247,25 +248,42 @@ def test_later_steps_are_played_without_torch_compile(monkeypatch):
                 assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
         if round_ == 0:
             monkeypatch.setattr(step, "_block", None)
-            monkeypatch.setattr(step, "_head", None)
-    assert graphs() == 3  # a level block, a ragged one, the head
+            monkeypatch.setattr(step, "_logits", None)
+    assert graphs() == 2  # a block and the head
 
 
 @torch.no_grad()
-def test_played_steps_count_beyond_the_numbers_that_python_keeps():
-    """Integers up to 256 are one object wherever they come from, larger ones are not. And attention
-    takes the keys in pieces."""
+def test_played_steps_at_every_depth():
+    """Keys are read in pieces, up to a rounded number; what lies behind a row's own is random."""
     model, fast = streamed()
-    cache = fast.new_cache(1, 400)
+    cache = fast.new_cache(2, 400)
     for part in (cache.keys, cache.values, cache.states):
         part.normal_(generator=torch.Generator().manual_seed(0))
     step = CompiledStep(fast, cache)
-    for length in (300, 126, 127, 128, 255, 256, 397, 5):
-        cache.lengths.fill_(length)
-        assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
+    for length in (300, 126, 127, 128, 255, 256, 397, 5, 0):
+        cache.lengths.copy_(torch.tensor([length, length // 2]))
+        for _ in range(2):
+            assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
     assert graphs() == 2
 
 
+@torch.no_grad()
+def test_a_span_and_logits_stay_their_owners():
+    """A span's tensors may be the cache's own; the next step writes neither."""
+    model, fast = streamed()
+    cache = filled(fast, (7, 4, 1))
+    step, spans, kept = CompiledStep(fast, cache), [], []
+    for i in range(4):
+        span = Span.step(fast.config, cache.lengths.clone(), 11, torch.float32)
+        logits = step(random_ids(fast.config, 3, seed=i), span)
+        spans.append((span, span._replace(past_b=span.past_b.clone())))
+        kept.append((logits, logits.clone()))
+        assert all(torch.equal(*pair) for pair in kept)
+        assert all(torch.equal(one.past_b, copy.past_b) for one, copy in spans)
+    assert cache.lengths.tolist() == [11, 8, 5]
+
+
+@torch.no_grad()
 @torch.no_grad()
 def test_a_played_step_refuses_other_numbers_of_tokens():
     """A graph of two rows would compute two of three."""
@@ -380,7 +398,7 @@ def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match="CompiledPrefill: serves a CPU, the model is on meta"):
         CompiledPrefill(model)
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/such/compiler"))
-    for make in (lambda model: CompiledStep(model, cache), CompiledPrefill):
-        with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
-            make(make_model(make_config("h1r_like")))
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
+        for make in (lambda model: CompiledStep(model, cache), CompiledPrefill):
+            with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+                make(make_model(make_config("h1r_like")))

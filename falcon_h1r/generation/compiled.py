@@ -7,14 +7,13 @@ once; the number of tokens read so far is a symbol in it, so that nothing is com
 sequences grow. In a prefill the loops save passes over memory, and the number of new tokens is a
 symbol too.
 
-What torch.compile does around each call of a graph, to find out which one fits and to gather its
-inputs, takes a third of a small model's step. A step's calls are therefore recorded, as a CUDA
-graph records launches, and made again.
+What stands around the compiled loops, in Python, takes a third of a small model's step. A step's
+kernels are therefore recorded, and launched again (`launches.Replay`): what a step attends to is
+rounded up and masked, so that nothing but the content of tensors changes for a while.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -23,12 +22,12 @@ from torch import Tensor
 
 from ..cache import Cache, Span
 from ..ssd import LONGEST_CHUNK
+from .launches import Replay, inductor
+from .slots import ROOM
 
 # What is compiled is shared by all models of one shape: kept here as torch.compile keeps it, by
-# function, up to this many variants (batch sizes, level or ragged rows, dtypes, configs).
+# function, up to this many variants (batch sizes, dtypes, configs).
 VARIANTS = 64
-
-_recording = threading.local()
 
 
 def _block_step(block, x_bld: Tensor, span: Span, layer, reach: Tensor) -> Tensor:
@@ -36,85 +35,8 @@ def _block_step(block, x_bld: Tensor, span: Span, layer, reach: Tensor) -> Tenso
     return block(x_bld, span._replace(total=len(reach)), layer)
 
 
-def _head_step(head, x_bld: Tensor) -> Tensor:
-    return head(x_bld)
-
-
-def _recorded_inductor(graph, examples) -> Callable:
-    """torch.compile's own compiler, as a backend whose calls can be recorded.
-
-    One function, not one for each object: torch.compile shares graphs by it.
-    """
-    from torch._dynamo.backends.registry import lookup_backend
-
-    # Thirty assertions a layer: `_Tape.form` looks at the shapes of what varies, once a step.
-    with torch._inductor.config.patch(size_asserts=False):
-        compiled = lookup_backend("inductor")(graph, examples)
-
-    def run(*inputs):
-        outputs = compiled(*inputs)
-        if (calls := getattr(_recording, "calls", None)) is not None:
-            calls.append((compiled, inputs, outputs))
-        return outputs
-
-    return run
-
-
-class _Tape:
-    """The graphs that one step called, in their order, to be called again with new inputs.
-
-    Graphs get all their inputs as arguments: weights and cache, which are the same tensors in every
-    step, and what varies.
-    """
-
-    def __init__(self):
-        self._calls: list[tuple[Callable, list, list[tuple[int, str]]]] = []
-        self.whole = True  # False: something was called that is no graph of ours
-
-    @staticmethod
-    def form(span: Span) -> tuple:
-        """What decides which graph fits: steps of one cache in which this is equal share a tape."""
-        return tuple(
-            (part.shape, part.dtype, part.stride()) if isinstance(part, Tensor) else part is None
-            for part in span
-        )
-
-    def record(self, function: Callable, varying: dict, *arguments) -> Tensor:
-        """function(*arguments), which is compiled.
-
-        varying: what the next step gives instead, by name: tensors among the arguments, and
-        integers. The graph's other integers have to differ from those.
-        """
-        _recording.calls = calls = []
-        try:
-            out = function(*arguments)
-        finally:
-            del _recording.calls
-        match calls:
-            case [(graph, inputs, [found])] if found is out:
-                places = [
-                    (place, name)
-                    for place, given in enumerate(inputs)
-                    for name, value in varying.items()
-                    if given is value or (type(given) is type(value) is int and given == value)
-                ]
-                self._calls.append((graph, list(inputs), places))
-            case _:
-                self.whole = False
-        return out
-
-    def play(self, varying: dict) -> Callable:
-        """What to call in place of the functions, in the recorded order."""
-        calls = iter(self._calls)
-
-        def call(module, x_bld: Tensor, *_) -> Tensor:
-            varying["x_bld"] = x_bld
-            graph, inputs, places = next(calls)
-            for place, name in places:
-                inputs[place] = varying[name]
-            return graph(*inputs)[0]
-
-        return call
+def _logits_step(logits_of: Callable, x_bld: Tensor) -> Tensor:
+    return logits_of(x_bld)
 
 
 class CompiledStep:
@@ -133,14 +55,14 @@ class CompiledStep:
             raise ValueError(f"CompiledStep: serves a CPU, the model is on {model.device}")
         require_compiler()
         self._model, self._cache = model, cache
-        self._tapes: dict[tuple, _Tape] = {}
+        self._recorded: tuple[Span, Replay] | None = None  # the last step's, on its own tensors
         self._reach = torch.empty(cache.max_length, dtype=torch.bool)  # only its length counts
         self._layers = cache.layers()
         for layer in self._layers:
             for tensor in (layer.keys_bjse, layer.values_bjse):
                 torch._dynamo.mark_dynamic(tensor, 2)
-        compile_ = partial(torch.compile, backend=_recorded_inductor, fullgraph=True, dynamic=False)
-        self._block, self._head = compile_(_block_step), compile_(_head_step)
+        compile_ = partial(torch.compile, backend=inductor, fullgraph=True, dynamic=False)
+        self._block, self._logits = compile_(_block_step), compile_(_logits_step)
 
     @torch.no_grad()
     def __call__(self, tokens_b: Tensor, span: Span | None = None) -> Tensor:
@@ -153,41 +75,51 @@ class CompiledStep:
             raise ValueError(
                 f"tokens_b: {tuple(tokens_b.shape)}, expected ({cache.batch_size},), one a row"
             )
-        if span is None:
-            work = torch.promote_types(model.dtype, torch.float32)
-            shape = (cache.batch_size, 1)
-            span = Span.plan(model.config, cache, shape, None, None, model.device, work)
-        # The first and the last token of a cache are not compiled: torch.compile takes a length of
-        # 1, and all keys where else it has a part of them, for cases of their own.
-        form = _Tape.form(span) if 1 < span.total < cache.max_length else None
-        recorded = None
-        if form is None:
-            call = None
-        elif form in self._tapes:
-            call = self._tapes[form].play(span._asdict())
-        else:
-            call = self._record(recorded := _Tape(), span)
-        logits = model(tokens_b[:, None], None, cache, 1, span=span, call=call)
-        if recorded is not None and recorded.whole:
-            self._tapes[form] = recorded
+        span = self._plan() if span is None else span
+        # All keys of a cache are not compiled: torch.compile takes them, where else it has a part
+        # of them, for a case of its own, and a length of 1 for another.
+        call, replay = None, None
+        if 1 < span.total < cache.max_length:
+            if self._recorded is not None and self._recorded[0].total == span.total:
+                own, replay = self._recorded
+                for mine, given in zip(own, span):
+                    if isinstance(mine, Tensor):
+                        mine.copy_(given)
+                again = replay.play()
+                call = lambda _, x_bld, *__: again(x_bld)  # noqa: E731
+            else:
+                self._recorded = None
+                own = Span(*(p.clone() if isinstance(p, Tensor) else p for p in span))
+                call = self._record(replay := Replay(), own)
+        logits = model(tokens_b[:, None], None, cache, 1, span=span, call=call)[:, -1]
+        if replay is not None and replay.whole:
+            self._recorded = own, replay
         cache.lengths += 1
-        return logits[:, -1]
+        return logits.clone() if replay is not None and replay.owns(logits) else logits
 
-    def _record(self, tape: _Tape, span: Span) -> Callable:
-        """What to call in place of the blocks and the head."""
-        # A block's graph has one number beside `total`, the length of the cache, which differs.
-        varying = span._asdict()
+    def _plan(self) -> Span:
+        """Of the next token in every row."""
+        model, cache = self._model, self._cache
+        ends = cache.lengths + 1
+        cache.require_room(ends)
+        longest = int(ends.max())
+        reach = max(longest, min(-(-longest // ROOM) * ROOM, cache.max_length - 1))
+        work = torch.promote_types(model.dtype, torch.float32)
+        return Span.step(model.config, cache.lengths, reach, work)
+
+    def _record(self, replay: Replay, span: Span) -> Callable:
+        """What to call in place of the blocks, and of what makes logits behind them."""
         reach = self._reach[: span.total]
         torch._dynamo.mark_dynamic(reach, 0)
+        rest = span._replace(total=0)
         layers = iter(self._layers)
 
-        def call(module, x_bld, span=None, _=None):
-            varying["x_bld"] = x_bld
+        def call(function, x_bld, *arguments):
             with torch._dynamo.config.patch(recompile_limit=VARIANTS):
-                if span is None:
-                    return tape.record(self._head, varying, module, x_bld)
-                part = span._replace(total=0), next(layers), reach
-                return tape.record(self._block, varying, module, x_bld, *part)
+                if not arguments:
+                    return replay.record(partial(self._logits, function), x_bld)
+                block = partial(self._block, function)
+                return replay.record(block, x_bld, rest, next(layers), reach)
 
         return call
 
@@ -228,11 +160,9 @@ class CompiledPrefill:
         # Lengths that are equal by chance in the first call need not be in the next.
         apart = torch.fx.experimental._config.patch(use_duck_shape=False)
         with torch._dynamo.config.patch(recompile_limit=VARIANTS), apart:
-            return self._model(
-                input_ids, attention_mask, cache, logits_to_keep, call=self._call_module
-            )
+            return self._model(input_ids, attention_mask, cache, logits_to_keep, call=self._call)
 
-    def _call_module(self, module, x_bld: Tensor, span: Span | None = None, layer=None) -> Tensor:
+    def _call(self, module, x_bld: Tensor, span: Span | None = None, layer=None) -> Tensor:
         if span is None:
             return module(x_bld)
         l = x_bld.shape[1]
