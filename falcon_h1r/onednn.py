@@ -85,8 +85,9 @@ def streamed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     rows = x.reshape(-1, x.shape[-1]).to(work)
     # Makes a buffer of x: else what leads to it is computed again for each of the n outputs.
     rows = rows.as_strided(rows.shape, rows.stride())
-    # With several rows, two outputs at a time: an element of x is loaded once for both.
-    parts = weight.to(work).chunk(2 if len(rows) > 2 else 1)
+    # Two outputs at a time: an element of x is loaded once for both, and one sum is added up while
+    # the other one's weights are on their way.
+    parts = weight.to(work).chunk(2)
     y = torch.stack([torch.cat([(part * row).sum(-1) for part in parts]) for row in rows.unbind()])
     if bias is not None:
         y = y + bias.to(work)

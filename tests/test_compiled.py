@@ -268,6 +268,23 @@ def test_played_steps_at_every_depth():
 
 
 @torch.no_grad()
+def test_steps_with_other_numbers_of_threads():
+    """A kernel holds an array with a place for each thread it was compiled for."""
+    model, fast = streamed()
+    cache = filled(fast, (6,))
+    step, before = CompiledStep(fast, cache), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            cache.lengths.fill_(6)
+            for _ in range(2):
+                assert rms_error(*step_and_truth(step, model, cache)) < 1e-5
+    finally:
+        torch.set_num_threads(before)
+    assert graphs() == 4  # a block and the head, for one thread and for two
+
+
+@torch.no_grad()
 def test_a_span_and_logits_stay_their_owners():
     """A span's tensors may be the cache's own; the next step writes neither."""
     model, fast = streamed()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,22 @@ def _logits_step(logits_of: Callable, x_bld: Tensor) -> Tensor:
     return logits_of(x_bld)
 
 
+class _Recorded(NamedTuple):
+    """A step that can be made again behind any number of keys up to its own."""
+
+    kind: tuple[int, int]  # keys it reads, threads its kernels were made for
+    span: Span  # its own tensors, which the kernels read
+    replay: Replay
+
+    def play(self, span: Span) -> Callable:
+        """What to call in place of what was recorded."""
+        for own, given in zip(self.span, span):
+            if isinstance(own, Tensor):
+                own.copy_(given)
+        again = self.replay.play()
+        return lambda _, x_bld, *__: again(x_bld)
+
+
 class CompiledStep:
     """`model(tokens[:, None], cache=cache)` for one token after another, logits (b, vocab).
 
@@ -55,7 +72,7 @@ class CompiledStep:
             raise ValueError(f"CompiledStep: serves a CPU, the model is on {model.device}")
         require_compiler()
         self._model, self._cache = model, cache
-        self._recorded: tuple[Span, Replay] | None = None  # the last step's, on its own tensors
+        self._recorded: _Recorded | None = None  # the last step
         self._reach = torch.empty(cache.max_length, dtype=torch.bool)  # only its length counts
         self._layers = cache.layers()
         for layer in self._layers:
@@ -78,24 +95,23 @@ class CompiledStep:
         span = self._plan() if span is None else span
         # All keys of a cache are not compiled: torch.compile takes them, where else it has a part
         # of them, for a case of its own, and a length of 1 for another.
-        call, replay = None, None
-        if 1 < span.total < cache.max_length:
-            if self._recorded is not None and self._recorded[0].total == span.total:
-                own, replay = self._recorded
-                for mine, given in zip(own, span):
-                    if isinstance(mine, Tensor):
-                        mine.copy_(given)
-                again = replay.play()
-                call = lambda _, x_bld, *__: again(x_bld)  # noqa: E731
-            else:
-                self._recorded = None
-                own = Span(*(p.clone() if isinstance(p, Tensor) else p for p in span))
-                call = self._record(replay := Replay(), own)
+        compiled = 1 < span.total < cache.max_length
+        kind = span.total, torch.get_num_threads()
+        recorded, self._recorded = self._recorded, None
+        if not compiled:
+            recorded = call = None
+        elif recorded is not None and recorded.kind == kind:
+            call = recorded.play(span)
+        else:
+            own = Span(*(p.clone() if isinstance(p, Tensor) else p for p in span))
+            recorded = _Recorded(kind, own, Replay())
+            call = self._record(recorded)
         logits = model(tokens_b[:, None], None, cache, 1, span=span, call=call)[:, -1]
-        if replay is not None and replay.whole:
-            self._recorded = own, replay
         cache.lengths += 1
-        return logits.clone() if replay is not None and replay.owns(logits) else logits
+        if recorded is None or not recorded.replay.whole:
+            return logits
+        self._recorded = recorded
+        return logits.clone() if recorded.replay.owns(logits) else logits
 
     def _plan(self) -> Span:
         """Of the next token in every row."""
@@ -107,8 +123,9 @@ class CompiledStep:
         work = torch.promote_types(model.dtype, torch.float32)
         return Span.step(model.config, cache.lengths, reach, work)
 
-    def _record(self, replay: Replay, span: Span) -> Callable:
+    def _record(self, recorded: _Recorded) -> Callable:
         """What to call in place of the blocks, and of what makes logits behind them."""
+        span, replay = recorded.span, recorded.replay
         reach = self._reach[: span.total]
         torch._dynamo.mark_dynamic(reach, 0)
         rest = span._replace(total=0)

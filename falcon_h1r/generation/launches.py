@@ -30,7 +30,8 @@ def inductor(graph, examples) -> Callable:
 
     def compile_inner(*arguments, **options):
         code = compile_fx_inner(*arguments, **options)
-        code.current_callable = _watched(code.current_callable)
+        if hasattr(code, "current_callable"):  # not where a graph computes nothing
+            code.current_callable = _watched(code.current_callable)
         return code
 
     # What AOTAutograd finds in its own cache is never given to `compile_inner`; Inductor's cache,
