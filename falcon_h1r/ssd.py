@@ -201,7 +201,9 @@ def _through_chunks(
     for x_bhsp, y_bhqp, chunk in zip(x_blhp.transpose(1, 2).split(size, 2), y_cuts, chunks):
         B_msn, C_mqn, from_start_iq1, kept_is1, share_iqs = chunk
         m, length, n = B_msn.shape
-        x_isp = x_bhsp.to(work).reshape(b * h, length, p)
+        # In sequence: two products and a loop read it, and a head's rows lie a page apart in x.
+        x_bhsp = x_bhsp.to(work, memory_format=torch.contiguous_format).contiguous()
+        x_isp = x_bhsp.view(b * h, length, p)
         zero = state_ipn is None and initial_state_bhpn is None
         if state_ipn is None:
             state_ipn = _initial_state(initial_state_bhpn, x_isp, (b, h, p, n)).flatten(0, 1)
