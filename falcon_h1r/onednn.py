@@ -85,8 +85,8 @@ def streamed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     rows = x.reshape(-1, x.shape[-1]).to(work)
     # Makes a buffer of x: else what leads to it is computed again for each of the n outputs.
     rows = rows.as_strided(rows.shape, rows.stride())
-    # Two outputs at a time: an element of x is loaded once for both, and one sum is added up while
-    # the other one's weights are on their way.
+    # Two outputs at a time: an element of x is loaded once for both, and what a sum costs beside
+    # its products is shared.
     parts = weight.to(work).chunk(2)
     y = torch.stack([torch.cat([(part * row).sum(-1) for part in parts]) for row in rows.unbind()])
     if bias is not None:
