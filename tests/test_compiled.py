@@ -301,7 +301,6 @@ def test_a_span_and_logits_stay_their_owners():
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_a_played_step_refuses_other_numbers_of_tokens():
     """A graph of two rows would compute two of three."""
     model, fast = streamed()

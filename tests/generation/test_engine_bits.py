@@ -9,12 +9,12 @@ widths sums may be split otherwise: float64 shows that nothing else differs.
 
 import pytest
 import torch
+from compiler import needs_compiler
 from memory_model import garble_free_rows
 from models import make_config, make_model, random_ids, rms_error, same_weights
 
 from falcon_h1r.cache import Span
 from falcon_h1r.generation import Engine, SamplingParams
-from falcon_h1r.generation import compiled as compiled_module
 from falcon_h1r.generation import engine as engine_module
 from falcon_h1r.generation.compiled import CompiledStep
 from falcon_h1r.generation.graph import DecodeStep
@@ -233,13 +233,10 @@ def test_what_a_compiled_step_is_called_with(monkeypatch, options):
     assert widths <= ({6} if "fixed_width" in options else {1, 3, 4, 6})
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("prepared", [False, True])
 def test_compiled_steps_say_the_same(prepared):
-    try:
-        compiled_module.require_compiler()
-    except ValueError as error:
-        pytest.skip(str(error))
     torch._dynamo.reset()
     dtype = torch.float32 if prepared else torch.float64
     model = make_model(make_config("two_groups"), dtype=dtype)
