@@ -10,9 +10,9 @@ a difference of sums, never a ratio of exponentials, which would overflow.
 import torch
 
 
-def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """float32 for float32 and narrower inputs, float64 for float64."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+def compute_dtype(of: torch.Tensor | torch.dtype) -> torch.dtype:
+    """float32 for a tensor or dtype of float32 and narrower, float64 for float64."""
+    return torch.promote_types(of if isinstance(of, torch.dtype) else of.dtype, torch.float32)
 
 
 def scaled(tensor: torch.Tensor, multiplier: float) -> torch.Tensor:
