@@ -97,7 +97,7 @@ def make(args: argparse.Namespace, dtype: str, form: str | None):
     import torch
 
     from falcon_h1r import FalconH1Config, FalconH1ForCausalLM
-    from falcon_h1r.onednn import use_onednn
+    from falcon_h1r.cpu.onednn import use_onednn
 
     # Not tied: a random model whose head is its embedding says one token for ever.
     config = replace(FalconH1Config.preset(args.preset), tie_word_embeddings=False)

@@ -185,7 +185,7 @@ def reader(way: str, args: argparse.Namespace, tokens: int):
 
         return read_whole, cache_bytes, config.vocab_size
     if way != "ours":
-        from falcon_h1r.onednn import use_onednn
+        from falcon_h1r.cpu.onednn import use_onednn
 
         use_onednn(model)
 

@@ -8,13 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .inductor import as_buffer, in_cpu_graph
 from .precision import compute_dtype
-
-# A compiled step attends in loops of its own, unless there are few rows and the sums of a key head,
-# one for each of its query heads and channels, outgrow the registers.
-LOOP_ROWS, LOOP_SUMS = 16, 256
-PIECE = 128  # keys whose values such a loop sums at a time
 
 
 def attention_reference(
@@ -85,32 +79,8 @@ def decode_attention(
     if lengths_b is not None:
         mask = (torch.arange(s, device=q_bhe.device) < lengths_b[:, None])[:, None, None]
     q_bjre = q_bhe.view(b, j, h // j, e)
-    if (b >= LOOP_ROWS or h // j * e <= LOOP_SUMS) and in_cpu_graph(q_bhe):
-        return _attention_in_loops(q_bjre, k_bjse, v_bjse, mask).reshape(b, h, e)
     o = F.scaled_dot_product_attention(q_bjre, k_bjse, v_bjse, attn_mask=mask)
     return o.reshape(b, h, e)
-
-
-def _attention_in_loops(q_bjre: Tensor, k_bjse: Tensor, v_bjse: Tensor, mask) -> Tensor:
-    """One query in r heads per key head as sums of products, for Inductor: a loop over the keys and
-    one over the values, each for all r heads at once."""
-    work, s, e = compute_dtype(q_bjre), *k_bjse.shape[2:]
-    q, k, v = as_buffer(q_bjre.to(work) * e**-0.5), k_bjse.to(work), v_bjse.to(work)
-    scores_bjrs = torch.stack([(k * head[:, :, None]).sum(-1) for head in q.unbind(2)], 2)
-    if mask is not None:
-        scores_bjrs = scores_bjrs.masked_fill(~mask, -torch.inf)
-
-    # In pieces (axis c), of which there is one to spare: a single one would be a graph of its own.
-    padding = (s // PIECE + 2) * PIECE - s
-    scores_bjrcs = F.pad(scores_bjrs, (0, padding), value=-torch.inf).unflatten(3, (-1, PIECE))
-    shares_bjrcs = as_buffer((scores_bjrcs - scores_bjrcs.amax((3, 4), keepdim=True)).exp())
-    v_bjcse = F.pad(v, (0, 0, 0, padding)).unflatten(2, (-1, PIECE))
-    # A sum over keys goes over them once for each vector of channels. Vectors as sums of their own
-    # share one loop, which reads a key as it lies; of narrower types Inductor makes longer ones.
-    vectors = v_bjcse.split(16 if v_bjse.dtype == work else e, -1)
-    heads = shares_bjrcs[..., None].unbind(2)
-    sums = [torch.cat([(t * head).sum(3) for t in vectors], -1).sum(2) for head in heads]
-    return (torch.stack(sums, 2) / shares_bjrcs.sum(4).sum(3)[..., None]).to(q_bjre.dtype)
 
 
 def visible_keys(l: int, s: int, query_offset_b, seq_idx_bl, device) -> Tensor:

@@ -11,15 +11,14 @@ An SSM state cannot be cropped to fewer tokens: `snapshot` before, `restore` aft
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cache_file import read_tensors, write_tensors
+from .precision import compute_dtype
 from .rope import rotary_table
 
 TENSORS = ("keys", "values", "windows", "states")
@@ -150,18 +149,8 @@ class Cache:
 
     def save(self, path: str | Path, model) -> None:
         """Write the content as one safetensors file, with the fingerprint of `model`."""
-        from safetensors.torch import save_file
-
         content = self.snapshot()
-        tensors = {name: getattr(content, name).cpu() for name in (*TENSORS, "lengths")}
-        metadata = {"format": "falcon_h1r.cache", "fingerprint": fingerprint(model)}
-        metadata["content"] = _sha256(tensors)
-        partial = Path(path).with_name(Path(path).name + ".partial")
-        try:
-            save_file(tensors, partial, metadata=metadata)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(path, {name: getattr(content, name) for name in (*TENSORS, "lengths")}, model)
 
     @classmethod
     def load(cls, path: str | Path, model, max_length: int | None = None) -> Cache:
@@ -169,23 +158,7 @@ class Cache:
 
         Raises ValueError when the file is not a cache, or was made with another config or weights.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable cache file: {error}") from error
-        if metadata.get("format") != "falcon_h1r.cache" or set(stored) != {*TENSORS, "lengths"}:
-            raise ValueError(f"{path}: not a cache file of falcon_h1r")
-        if (found := metadata.get("fingerprint")) != (expected := fingerprint(model)):
-            raise ValueError(
-                f"{path}: made by another model: fingerprint {found}, this model's is {expected}"
-            )
-        if metadata.get("content") != _sha256(stored):
-            raise ValueError(f"{path}: damaged: the tensors are not those that were saved")
-        content = cls(*(stored[name] for name in TENSORS), stored["lengths"])
+        content = cls(**read_tensors(path, (*TENSORS, "lengths"), model))
         max_length = content.max_length if max_length is None else max_length
         if max_length < content.max_length:
             raise ValueError(
@@ -202,8 +175,8 @@ def _layout(config, batch_size: int, max_length: int, dtype) -> dict[str, tuple]
     kv = (*rows, c.num_key_value_heads, max_length, c.head_dim)
     window = (*rows, c.mamba_d_conv - 1, c.conv_dim)
     state = (*rows, c.mamba_n_heads, c.mamba_head_dim, c.mamba_d_state)
-    wide = torch.promote_types(dtype, torch.float32)
-    return dict(zip(TENSORS, ((kv, dtype), (kv, dtype), (window, dtype), (state, wide))))
+    kinds = (kv, dtype), (kv, dtype), (window, dtype), (state, compute_dtype(dtype))
+    return dict(zip(TENSORS, kinds))
 
 
 class LayerCache(NamedTuple):
@@ -247,12 +220,12 @@ class Span(NamedTuple):
     is_step: bool  # one real token per row, with a cache
 
     @classmethod
-    def plan(cls, config, cache: Cache | None, shape, lengths, seq_idx_bl, device, dtype) -> Span:
-        """Lay out `shape` = (b, l) new tokens behind `cache`; lengths: (b,) on the CPU or None.
+    def plan(cls, config, cache: Cache | None, tokens, lengths, seq_idx_bl, dtype) -> Span:
+        """Lay out new tokens (b, l, ...) behind `cache`; lengths: (b,) on the CPU or None.
 
         Raises ValueError when a row would outgrow the cache.
         """
-        b, l = shape
+        (b, l), device = tokens.shape[:2], tokens.device
         past = torch.zeros(b, dtype=torch.int64) if cache is None else cache.lengths
         ends = past + (l if lengths is None else lengths)
         if cache is not None:
@@ -300,17 +273,3 @@ class Span(NamedTuple):
             total=max_length,
             is_step=True,
         )
-
-
-def fingerprint(model) -> str:
-    """SHA-256 over the config and every weight's name, shape, dtype and bytes."""
-    return _sha256(model.state_dict(), json.dumps(model.config.to_dict(), sort_keys=True))
-
-
-def _sha256(tensors: dict[str, Tensor], text: str = "") -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-    return digest.hexdigest()

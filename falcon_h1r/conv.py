@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inductor import as_buffer, in_cpu_graph
 from .precision import compute_dtype
 
 
@@ -33,7 +32,7 @@ def causal_conv1d_reference(
     b, l, c = x_blc.shape
     w = weight_cw.shape[1]
     assert weight_cw.shape == (c, w) and (bias_c is None or bias_c.shape == (c,)), weight_cw.shape
-    history_blc, seq_idx_history = _with_history(x_blc, w, initial_window_bvc, seq_idx_bl)
+    history_blc, seq_idx_history = with_history(x_blc, w, initial_window_bvc, seq_idx_bl)
     work = compute_dtype(x_blc)
     y = torch.zeros(b, l, c, dtype=work, device=x_blc.device)
     for tap in range(w):
@@ -43,7 +42,7 @@ def causal_conv1d_reference(
         y = y + sample * weight_cw[:, tap].to(work)
     if bias_c is not None:
         y = y + bias_c.to(work)
-    return F.silu(y).to(x_blc.dtype), _final_window(history_blc, w, lengths_b, seq_idx_history)
+    return F.silu(y).to(x_blc.dtype), final_window(history_blc, w, lengths_b, seq_idx_history)
 
 
 def causal_conv1d(
@@ -70,18 +69,13 @@ def causal_conv1d(
         )
     c, w = weight_cw.shape
     assert x_blc.shape[-1] == c and (bias_c is None or bias_c.shape == (c,)), weight_cw.shape
-    history_blc, _ = _with_history(x_blc, w, initial_window_bvc, None)
+    history_blc, _ = with_history(x_blc, w, initial_window_bvc, None)
     work = compute_dtype(x_blc)
     bias = None if bias_c is None else bias_c.to(work)
-    if in_cpu_graph(x_blc):  # one loop over all taps
-        weight_wc, l = as_buffer(weight_cw.to(work).T), x_blc.shape[1]
-        y_blc = sum(history_blc[:, i : i + l].to(work) * weight_wc[i] for i in range(w))
-        y_blc = F.silu(y_blc if bias is None else y_blc + bias).to(x_blc.dtype)
-        return y_blc, _final_window(history_blc, w, lengths_b, None)
     image_bc1l = history_blc.to(work).mT[:, :, None]
     y_bc1l = F.conv2d(image_bc1l, weight_cw.to(work)[:, None, None], bias, groups=c)
     y_blc = F.silu(y_bc1l, inplace=True)[:, :, 0].mT.to(x_blc.dtype)
-    return y_blc, _final_window(history_blc, w, lengths_b, None)
+    return y_blc, final_window(history_blc, w, lengths_b, None)
 
 
 def causal_conv1d_step(
@@ -93,15 +87,14 @@ def causal_conv1d_step(
     assert window_bvc.shape == (b, w - 1, c) and weight_cw.shape[0] == c, window_bvc.shape
     work = compute_dtype(x_bc)
     history_bwc = torch.cat([window_bvc, x_bc[:, None].to(window_bvc.dtype)], dim=1)
-    weight_wc = as_buffer(weight_cw.to(work).T)  # its columns cannot be read as vectors
-    y = (history_bwc.to(work) * weight_wc).sum(1)
+    y = (history_bwc.to(work) * weight_cw.to(work).T).sum(1)
     if bias_c is not None:
         y = y + bias_c.to(work)
     window_bvc.copy_(history_bwc[:, 1:].detach())
     return F.silu(y).to(x_bc.dtype)
 
 
-def _with_history(x_blc, w: int, initial_window_bvc, seq_idx_bl):
+def with_history(x_blc, w: int, initial_window_bvc, seq_idx_bl):
     """x and seq_idx with the v samples before them: (b, v + l, c) and (b, v + l) or None."""
     b, _, c = x_blc.shape
     if initial_window_bvc is None:
@@ -113,7 +106,7 @@ def _with_history(x_blc, w: int, initial_window_bvc, seq_idx_bl):
     return history_blc, seq_idx_bl
 
 
-def _final_window(history_blc, w: int, lengths_b, seq_idx_history):
+def final_window(history_blc, w: int, lengths_b, seq_idx_history):
     """The v samples that end at each row's last real one."""
     b, total, c = history_blc.shape
     if lengths_b is None and seq_idx_history is None:

@@ -34,6 +34,20 @@ class Mamba2Mixer(nn.Module):
             self.norm = GatedRMSNorm(config, ops)
         self.out_proj = nn.Linear(config.d_ssm, d, bias=config.projectors_bias)
 
+    def _apply(self, fn, recurse=True):
+        """A_log, D and dt_bias stay at least float32 where a model is cast: they enter
+        exponentials."""
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+
+        def wide(parameter: Tensor) -> Tensor:
+            moved = fn(parameter)
+            work = compute_dtype(moved)
+            return moved if moved.dtype == work else parameter.to(moved.device, work)
+
+        return super()._apply(wide, recurse=False)
+
     def forward(self, u_bld: Tensor, span, layer=None) -> Tensor:
         """(b, l, d) -> (b, l, d). span: `cache.Span`; layer: `cache.LayerCache` or None."""
         c, ops = self.config, self.ops

@@ -6,8 +6,8 @@ Module and parameter names are the checkpoint's. `model` is a plain container of
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,26 +19,25 @@ from .cache import Cache, Span
 from .config import FalconH1Config
 from .mamba2 import Mamba2Mixer
 from .norm import RMSNorm
-from .ops import Ops, default_table
-from .precision import scaled
-
-# Kept in float32 in a narrower model: they enter exponentials, and cost a few bytes per layer.
-FLOAT32_PARAMETERS = ("mamba.A_log", "mamba.D", "mamba.dt_bias")
+from .ops import Ops, default_table, table
+from .precision import compute_dtype, scaled
 
 
 class FalconH1ForCausalLM(nn.Module):
     """A Falcon-H1 language model with freshly initialised weights.
 
     config: `FalconH1Config`; ops: an operator table, None means TRITON on a GPU and TORCH
-    elsewhere (`ops.default_table`; the kernels have no backward: train with TORCH); dtype: of the
-    weights, default float32 (A_log, D and dt_bias are at least float32); device: None means torch's
-    default device, "meta" builds without memory. Load weights with `from_pretrained`.
+    elsewhere, also after the model was moved (`ops.default_table`; the kernels have no backward:
+    train with TORCH); dtype: of the weights, default float32 (A_log, D and dt_bias are at least
+    float32, whatever the model is cast to); device: None means torch's default device, "meta"
+    builds without memory. Load weights with `from_pretrained`.
     """
 
     def __init__(self, config: FalconH1Config, ops: Ops | None = None, dtype=None, device=None):
         super().__init__()
         device = torch.get_default_device() if device is None else torch.device(device)
         dtype = torch.float32 if dtype is None else dtype
+        self._follows_device = False
         self.config, self.ops = config, default_table(device, dtype) if ops is None else ops
         self.source: Path | None = None  # the folder the weights came from
         self.eos_token_ids = config.eos_token_ids  # loading adds those of generation_config.json
@@ -56,14 +55,11 @@ class FalconH1ForCausalLM(nn.Module):
             )
             if not config.tie_word_embeddings:
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, parameter in self.named_parameters():
-            wide = name.endswith(FLOAT32_PARAMETERS)
-            parameter.data = parameter.data.to(
-                torch.promote_types(dtype, torch.float32) if wide else dtype
-            )
+        self.to(dtype)
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights()
+        self._follows_device = ops is None
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -100,14 +96,13 @@ class FalconH1ForCausalLM(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         logits_to_keep: int = 0,
         seq_idx: Tensor | None = None,
         *,
-        span: Span | None = None,
-        call: Callable | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token at every position, and `cache` advanced in place.
 
@@ -120,50 +115,64 @@ class FalconH1ForCausalLM(nn.Module):
         front of shorter rows).
         seq_idx: (b, l) integers, equal inside a document: several documents packed into one row,
         each as if alone; not together with a cache or with padding.
-        span: where the tokens stand, made by `Span.step`, for a forward that is captured: nothing
-        is checked or read back, and the lengths of the cache stay with the caller.
-        call: call(function, *arguments) runs in place of each block, and of the norm and head
-        behind them: a compiled form.
+        inputs_embeds: (b, l, d) in the model's dtype, in place of input_ids: what `embed` returns,
+        the embedding multiplier included.
         Returns (b, l or k, vocab) logits in float32 (float64 in a float64 model).
         Raises ValueError for ids outside the vocabulary, shapes that do not fit, a cache of another
         model, and a full cache.
         """
-        captured = span is not None
-        if captured and (attention_mask is not None or seq_idx is not None):
-            raise ValueError("span: takes neither an attention_mask nor seq_idx")
-        if not captured:
-            self._check_inputs(input_ids, attention_mask, cache, logits_to_keep, seq_idx)
-        l = input_ids.shape[1]
-        input_ids, lengths, shift = _right_pad(input_ids, attention_mask)
+        tokens = self._checked(input_ids, inputs_embeds)
+        self._check_others(tokens, attention_mask, cache, logits_to_keep, seq_idx)
+        l = tokens.shape[1]
+        tokens, lengths, shift = _right_pad(tokens, attention_mask)
         if seq_idx is not None:
             changes = seq_idx[:, 1:] != seq_idx[:, :-1]
             seq_idx = F.pad(changes.cumsum(1), (1, 0))
-        work = torch.promote_types(self.dtype, torch.float32)
-        if not captured:
-            span = Span.plan(
-                self.config, cache, input_ids.shape, lengths, seq_idx, input_ids.device, work
-            )
-        x_bld = scaled(self.model["embed_tokens"](input_ids), self.config.embedding_multiplier)
+        span = Span.plan(self.config, cache, tokens, lengths, seq_idx, compute_dtype(self.dtype))
+        x_bld = self.embed(tokens) if inputs_embeds is None else tokens
+        x_bld = self.run(x_bld, span, cache)
+        if cache is not None:
+            cache.lengths += tokens.shape[1] if lengths is None else lengths
+        return self.logits(_rows_to_return(x_bld, l, lengths, shift, logits_to_keep))
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(b, l) ids -> (b, l, d): the embedding and its multiplier."""
+        return scaled(self.model["embed_tokens"](input_ids), self.config.embedding_multiplier)
+
+    def run(self, x_bld: Tensor, span: Span, cache: Cache | None = None) -> Tensor:
+        """(b, l, d) -> (b, l, d): the blocks, one after another.
+
+        Nothing is checked or read back to the CPU, and the lengths of the cache stay with the
+        caller: `embed`, `run` and `logits` are what is captured, compiled and exported.
+        """
         blocks = self.model["layers"]
         layers = [None] * len(blocks) if cache is None else cache.layers()
         for block, layer in zip(blocks, layers, strict=True):
-            x_bld = block(x_bld, span, layer) if call is None else call(block, x_bld, span, layer)
-        if cache is not None and not captured:
-            cache.lengths += input_ids.shape[1] if lengths is None else lengths
-        x_bld = _rows_to_return(x_bld, l, lengths, shift, logits_to_keep)
-        return self._logits(x_bld) if call is None else call(self._logits, x_bld)
+            x_bld = block(x_bld, span, layer)
+        return x_bld
 
-    def _logits(self, x_bld: Tensor) -> Tensor:
+    def logits(self, x_bld: Tensor) -> Tensor:
         """(b, l, d) -> (b, l, vocab): the final norm, the head and its multiplier."""
         x_bld = self.model["final_layernorm"](x_bld)
         if hasattr(self, "lm_head"):
             logits = self.lm_head(x_bld)
         else:  # tied
             logits = F.linear(x_bld, self.model["embed_tokens"].weight)
-        work = torch.promote_types(self.dtype, torch.float32)
-        return scaled(logits.to(work), self.config.lm_head_multiplier)
+        return scaled(logits.to(compute_dtype(self.dtype)), self.config.lm_head_multiplier)
 
-    def _check_inputs(self, input_ids, attention_mask, cache, logits_to_keep, seq_idx):
+    def _checked(self, input_ids, inputs_embeds) -> Tensor:
+        """The one of both that was given, (b, l) ids or (b, l, d)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds")
+        if inputs_embeds is not None:
+            d = self.config.hidden_size
+            shape, dtype = tuple(inputs_embeds.shape), inputs_embeds.dtype
+            if len(shape) != 3 or 0 in shape or shape[2] != d or dtype != self.dtype:
+                raise ValueError(
+                    f"inputs_embeds: expected {self.dtype} of shape (batch, length, {d}), "
+                    f"found {shape} {dtype}"
+                )
+            return inputs_embeds
         if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
             raise ValueError(
                 f"input_ids: expected integers of shape (batch, length), both positive, "
@@ -175,20 +184,51 @@ class FalconH1ForCausalLM(nn.Module):
             raise ValueError(
                 f"input_ids: id {bad} is outside the vocabulary of {self.config.vocab_size}"
             )
+        return input_ids
+
+    def _check_others(self, tokens, attention_mask, cache, logits_to_keep, seq_idx) -> None:
+        shape = tokens.shape[:2]
         for name, tensor in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
-            if tensor is not None and tensor.shape != input_ids.shape:
+            if tensor is not None and tensor.shape != shape:
                 raise ValueError(
                     f"{name}: shape {tuple(tensor.shape)}, expected that of input_ids, "
-                    f"{tuple(input_ids.shape)} (it describes the new tokens only)"
+                    f"{tuple(shape)} (it describes the new tokens only)"
                 )
         if seq_idx is not None and (cache is not None or attention_mask is not None):
             raise ValueError("seq_idx: packed documents take neither a cache nor an attention_mask")
         if cache is not None:
-            cache.check(self.config, len(input_ids), self.dtype, self.device)
+            cache.check(self.config, len(tokens), self.dtype, self.device)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(
                 f"logits_to_keep is {logits_to_keep!r}, expected 0 or a positive integer"
             )
+
+    def under(self, ops: Ops | str) -> FalconH1ForCausalLM:
+        """A twin under another table, or the table of a name; parameters and buffers are shared."""
+        ops = table(ops) if isinstance(ops, str) else ops
+
+        def view(module):
+            twin = copy.copy(module)
+            twin._modules = {name: view(child) for name, child in module._modules.items()}
+            if hasattr(twin, "ops"):
+                twin.ops = ops
+            return twin
+
+        twin = view(self)
+        twin._follows_device = False
+        return twin
+
+    def _apply(self, fn, recurse=True):
+        """`to`, `cuda`, `half` ...: a table that nobody chose is the new device's and dtype's."""
+        super()._apply(fn, recurse)
+        if self._follows_device:
+            for module in self.modules():
+                if hasattr(module, "ops"):
+                    module.ops = default_table(self.device, self.dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"ops={self.ops!r}"
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens."""
@@ -215,14 +255,14 @@ class FalconH1ForCausalLM(nn.Module):
         save(self, path)
 
 
-def _right_pad(input_ids: Tensor, attention_mask: Tensor | None):
+def _right_pad(tokens: Tensor, attention_mask: Tensor | None):
     """Move each row's real tokens to the front, the one layout that the layers know.
 
-    Returns ids (b, longest row), lengths (b,) on the CPU or None if no padding is left, and shift
-    (b,): the column at which each row's tokens stood.
+    tokens: (b, l) ids or (b, l, d). Returns (b, longest row, ...), lengths (b,) on the CPU or None
+    if no padding is left, and shift (b,): the column at which each row's tokens stood.
     """
     if attention_mask is None:
-        return input_ids, None, None
+        return tokens, None, None
     real = attention_mask != 0
     starts_b = real.int().argmax(1)
     lengths_b = real.sum(1)
@@ -237,7 +277,8 @@ def _right_pad(input_ids: Tensor, attention_mask: Tensor | None):
         raise ValueError("attention_mask: no row has a real token")
     index = (starts_b[:, None] + column[:longest]).clamp(max=real.shape[1] - 1)
     full = bool((lengths == longest).all())
-    return input_ids.gather(1, index), None if full else lengths, starts_b
+    rows = torch.arange(len(tokens), device=real.device)[:, None]
+    return tokens[rows, index], None if full else lengths, starts_b
 
 
 def _rows_to_return(x_bld: Tensor, l: int, lengths, shift, keep: int) -> Tensor:

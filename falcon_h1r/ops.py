@@ -1,9 +1,10 @@
 """The operator tables: the only place that decides which code computes a hot operator.
 
 REFERENCE is the clearest statement of each operator and runs in float64; TORCH is the fast pure
-PyTorch form, the default on a CPU; TRITON holds the kernels of `falcon_h1r_kernels`, forward only,
-the default on a GPU. TRITON is made when it is first asked for, so that nothing else imports
-Triton. A model is built with one table, and mixing is explicit:
+PyTorch form, the default on a CPU; INDUCTOR holds the forms that a compiled CPU graph is made of
+(`cpu/`), without gradients; TRITON holds the kernels of `falcon_h1r_kernels`, forward only, the
+default on a GPU. TRITON is made when it is first asked for, so that nothing else imports Triton. A
+model is built with one table, and mixing is explicit:
 `FalconH1ForCausalLM(config, ops=TORCH._replace(ssd_scan=REFERENCE.ssd_scan))`. Nothing falls back:
 an operator that cannot serve a request raises.
 """
@@ -14,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import attention, conv, mlp, norm, rope, ssd
+from . import attention, conv, mlp, norm, rope, scan, ssd
+from .cpu import inductor
 
-NAMES = ("reference", "torch", "triton")
+NAMES = ("reference", "torch", "inductor", "triton")
 
 
 class Ops(NamedTuple):
@@ -33,6 +35,19 @@ class Ops(NamedTuple):
     decode_attention: Callable
     swiglu: Callable
 
+    def __repr__(self) -> str:
+        """The nearest table's name, and what differs from it."""
+        tables = {"REFERENCE": REFERENCE, "TORCH": TORCH, "INDUCTOR": INDUCTOR}
+        if _triton.cache_info().currsize:
+            tables["TRITON"] = _triton()
+        differing = {
+            name: [f for f, a, b in zip(self._fields, self, table) if a is not b]
+            for name, table in tables.items()
+        }
+        name = min(differing, key=lambda name: len(differing[name]))
+        others = [f"{f}={_name(getattr(self, f))}" for f in differing[name]]
+        return f"{name} with {', '.join(others)}" if others else name
+
 
 REFERENCE = Ops(
     rms_norm=norm.rms_norm_reference,
@@ -41,7 +56,7 @@ REFERENCE = Ops(
     causal_conv1d=conv.causal_conv1d_reference,
     causal_conv1d_step=conv.causal_conv1d_step,
     ssd_scan=ssd.ssd_recurrent,
-    ssd_step=ssd.ssd_step_reference,
+    ssd_step=ssd.ssd_step,
     attention=attention.attention_reference,
     decode_attention=attention.decode_attention_reference,
     swiglu=mlp.swiglu_reference,
@@ -53,12 +68,24 @@ TORCH = Ops(
     rope=rope.rope_reference,
     causal_conv1d=conv.causal_conv1d,
     causal_conv1d_step=conv.causal_conv1d_step,
-    ssd_scan=ssd.ssd_chunked,
-    ssd_step=ssd.ssd_step,
+    ssd_scan=scan.ssd_scan,
+    ssd_step=scan.ssd_step,
     attention=attention.attention,
     decode_attention=attention.decode_attention,
     swiglu=mlp.swiglu_reference,
 )
+
+INDUCTOR = TORCH._replace(
+    causal_conv1d=inductor.causal_conv1d,
+    causal_conv1d_step=inductor.causal_conv1d_step,
+    ssd_scan=inductor.ssd_scan,
+    ssd_step=inductor.ssd_step,
+    decode_attention=inductor.decode_attention,
+)
+
+
+def _name(function: Callable) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
 
 
 @functools.cache
@@ -101,13 +128,13 @@ def __getattr__(name: str) -> Ops:
 
 
 def table(name: str) -> Ops:
-    """The table called "reference", "torch" or "triton".
+    """The table of one of NAMES.
 
     Raises ValueError for another name, and for "triton" where Triton or the kernels are missing.
     """
     if name not in NAMES:
         raise ValueError(f"no operator table {name!r}; there are: {', '.join(NAMES)}")
-    return _triton() if name == "triton" else {"reference": REFERENCE, "torch": TORCH}[name]
+    return _triton() if name == "triton" else globals()[name.upper()]
 
 
 def default_table(device: torch.device, dtype: torch.dtype) -> Ops:

@@ -35,7 +35,7 @@ class Tap(NamedTuple):
     sources: tuple[Source, ...]  # the first that is called in a forward
     meaning: str
     keys: tuple[str, ...] = ()  # config keys that act on the way here from the tap before
-    file: str = ""  # of falcon_h1r/, where TORCH and REFERENCE make it
+    file: str = ""  # of falcon_h1r/, where TORCH makes it
 
 
 def _tap(name, axes, sources, meaning, keys="", file=""):
@@ -96,9 +96,9 @@ TAPS: tuple[Tap, ...] = (  # of every layer, in the order of the forward
          [Source(_SCAN, "input", "initial_state_bhpn"), _in(_STEP, 0)],
          "SSM state before the first token", file="mamba2.py"),
     _tap("mamba.scan.y", "b l h p", [_out(_SCAN), _out(_STEP, axes="b h p")],
-         "output of the scan, D x in it", file="ssd.py"),
+         "output of the scan, D x in it", file="scan.py"),
     _tap("mamba.scan.state", "b h p n", [_out(_SCAN, 1), Source(_STEP, "after", 0)],
-         "SSM state after the last token", file="ssd.py"),
+         "SSM state after the last token", file="scan.py"),
     _tap("mamba.gate.y", "b l hp", [_in(_GATE)],
          "the scan's output, heads merged", file="mamba2.py"),
     _tap("mamba.gate.z", "b l hp", [_in(_GATE, 1)],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from falcon_h1r.generation.compiled import require_compiler
+from falcon_h1r.cpu import require_compiler
 
 try:
     require_compiler()

@@ -16,7 +16,8 @@ from models import make_config, make_model, random_ids, relative_error, same_wei
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from falcon_h1r.cache import TENSORS, Cache, fingerprint
+from falcon_h1r.cache import TENSORS, Cache
+from falcon_h1r.cache_file import fingerprint
 from falcon_h1r.config import FalconH1Config
 from falcon_h1r.model import FalconH1ForCausalLM
 

@@ -12,8 +12,8 @@ from models import VARIANTS, make_config, make_model, random_ids, rms_error, sam
 
 from falcon_h1r import SamplingParams, generate
 from falcon_h1r.cache import Span
-from falcon_h1r.generation.compiled import CompiledPrefill, CompiledStep
-from falcon_h1r.onednn import streamed_linear, unusable, use_onednn
+from falcon_h1r.cpu import CompiledPrefill, CompiledStep
+from falcon_h1r.cpu.onednn import streamed_linear, unusable, use_onednn
 from falcon_h1r.ops import REFERENCE
 
 STEPS = 5

@@ -5,7 +5,6 @@ import torch
 from models import make_config, make_model, random_ids, rms_error, same_weights
 
 from falcon_h1r import FalconH1ForCausalLM, SamplingParams, generate, stream
-from falcon_h1r.cache import Span
 from falcon_h1r.generation.graph import DecodeStep
 from falcon_h1r.ops import REFERENCE, TORCH
 
@@ -92,15 +91,6 @@ def test_generate_by_steps_gives_the_same_tokens(no_gpu, monkeypatch):
         pass
     assert [s.tolist() for s in run.result().sequences] == [s.tolist() for s in expected]
     assert Replayed.made == 2
-
-
-def test_a_span_takes_no_mask():
-    model = make_model(make_config("h1r_like"))
-    ids, cache = random_ids(model.config, 1, 1), model.new_cache(1, 2)
-    span = Span.step(model.config, cache.lengths.clone(), 2, torch.float32)
-    for extra in ({"attention_mask": torch.ones_like(ids)}, {"seq_idx": ids}):
-        with pytest.raises(ValueError, match="span: takes neither an attention_mask nor seq_idx"):
-            model(ids, cache=cache, span=span, **extra)
 
 
 @needs_gpu

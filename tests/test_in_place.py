@@ -7,7 +7,9 @@ from models import relative_error
 from test_ops import DTYPES, TABLES
 from test_ssd import FLOAT64_BOUND, FORMS, make_inputs, make_seq_idx, normal
 
-from falcon_h1r.ssd import ssd_chunked, ssd_recurrent, ssd_step, ssd_step_reference
+from falcon_h1r import ssd
+from falcon_h1r.scan import ssd_scan, ssd_step
+from falcon_h1r.ssd import ssd_recurrent
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one_document", "packed"])
@@ -24,7 +26,7 @@ def test_gradients_across_chunks_are_those_of_the_recurrence(groups, packed):
         y, state = scan(*leaves, chunk_size=8, initial_state_bhpn=start, seq_idx_bl=seq_idx)
         return torch.autograd.grad([y, state], [*leaves, start], [grad_y, grad_state])
 
-    for found, expected in zip(gradients(ssd_chunked), gradients(ssd_recurrent)):
+    for found, expected in zip(gradients(ssd_scan), gradients(ssd_recurrent)):
         assert relative_error(found, expected) < FLOAT64_BOUND
 
 
@@ -34,10 +36,10 @@ def test_recording_gradients_changes_no_bit(length, dtype):
     """Nor does it matter that the state is overwritten in place where none are recorded."""
     inputs = make_inputs(l=length, dtype=dtype)
     options = {"initial_state_bhpn": normal(2, 4, 3, 5, seed=9, dtype=torch.float32)}
-    recorded = ssd_chunked(*inputs, **options)
+    recorded = ssd_scan(*inputs, **options)
     with torch.no_grad():
-        found = ssd_chunked(*inputs, **options)
-        again = ssd_chunked(*inputs, **options)
+        found = ssd_scan(*inputs, **options)
+        again = ssd_scan(*inputs, **options)
     for a, b, c in zip(found, recorded, again):
         assert torch.equal(a, b) and torch.equal(a, c)
 
@@ -61,12 +63,12 @@ def test_step_of_many_rows_is_each_row_alone(monkeypatch, rows, storage, no_grad
     """Rows are taken in pieces that fit a cache: here two of them, so that five make three."""
     x, dt, A, B, C, D = make_inputs(b=rows, l=1)
     start = normal(rows, 4, 3, 5, seed=9, dtype=storage)
-    monkeypatch.setattr("falcon_h1r.ssd.STEP_BYTES", 2 * 8 * 4 * 3 * 5)
+    monkeypatch.setattr("falcon_h1r.scan.STEP_BYTES", 2 * 8 * 4 * 3 * 5)
     state, expected_state = start.clone(), start.clone()
     arguments = x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D
     with torch.set_grad_enabled(not no_grad):
         y = ssd_step(state, *arguments)
-    expected = ssd_step_reference(expected_state, *arguments)
+    expected = ssd.ssd_step(expected_state, *arguments)
     assert relative_error(y, expected) < FLOAT64_BOUND
     assert relative_error(state, expected_state) < (FLOAT64_BOUND if storage == x.dtype else 1e-7)
 
@@ -75,7 +77,7 @@ def test_step_of_many_rows_is_each_row_alone(monkeypatch, rows, storage, no_grad
 def test_step_has_gradients_and_keeps_no_graph_in_the_state(monkeypatch, rows):
     x, dt, A, B, C, D = make_inputs(b=rows, l=1)
     start = normal(rows, 4, 3, 5, seed=9)
-    monkeypatch.setattr("falcon_h1r.ssd.STEP_BYTES", 2 * 8 * 4 * 3 * 5)
+    monkeypatch.setattr("falcon_h1r.scan.STEP_BYTES", 2 * 8 * 4 * 3 * 5)
     leaves = [t.requires_grad_() for t in (x, dt, A, B, C, D)]
     expected_y, _ = ssd_recurrent(*leaves, initial_state_bhpn=start)
     expected = torch.autograd.grad(expected_y.square().sum(), leaves)

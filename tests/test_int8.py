@@ -6,7 +6,7 @@ from models import make_config, make_model, random_ids, rms_error, same_weights
 
 from falcon_h1r import FalconH1ForCausalLM, SamplingParams, generate, load_tokenizer
 from falcon_h1r.commands.common import locate
-from falcon_h1r.int8 import Int8Linear, unusable, use_int8
+from falcon_h1r.cpu.int8 import SEVEN_BITS, Int8Linear, unusable, use_int8
 from falcon_h1r.ops import REFERENCE
 
 pytestmark = pytest.mark.skipif(
@@ -26,9 +26,10 @@ class Written(torch.nn.Module):
 
     def forward(self, x):
         low, high = x.min().double().clamp(max=0), x.max().double().clamp(min=0)
-        scale = (high - low) / 255
+        levels = 127 if SEVEN_BITS else 255
+        scale = (high - low) / levels
         zero = (-low / scale).round()
-        q = ((x.double() / scale).round() + zero).clamp(0, 255) - zero
+        q = ((x.double() / scale).round() + zero).clamp(0, levels) - zero
         y = (q @ self.q.T) * scale * self.scale
         return (y if self.bias is None else y + self.bias.double()).to(x.dtype)
 

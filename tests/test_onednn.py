@@ -6,8 +6,9 @@ from measure import rounded_model
 from models import VARIANTS, make_config, make_model, random_ids, rms_error, same_weights
 from witness import make_witness, witness_logits
 
-from falcon_h1r import Cache, onednn
-from falcon_h1r.onednn import OneDNNLinear, unusable, use_onednn
+from falcon_h1r import Cache
+from falcon_h1r.cpu import onednn
+from falcon_h1r.cpu.onednn import OneDNNLinear, unusable, use_onednn
 from falcon_h1r.ops import REFERENCE
 
 DTYPES = [

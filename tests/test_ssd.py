@@ -1,10 +1,11 @@
-"""The SSD scan: four forms of one map, against the sum that the recurrence unrolls to.
+"""The SSD scan: every form of one map, against the sum that the recurrence unrolls to.
 
 Float64 comparisons are exact up to 1e-12, a few thousand roundoffs; a wrong index or a missing
 decay is off by a part in ten. Float32 and bfloat16 are judged by the distance to float64, which is
 at most twice that of transformers' torch scan on the same inputs.
 """
 
+import itertools
 import math
 
 import pytest
@@ -15,10 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.falcon_h1.modeling_falcon_h1 import mamba2_chunk_scan
 
-from falcon_h1r.ssd import ssd_chunked, ssd_dual, ssd_recurrent, ssd_step, ssd_step_reference
+from falcon_h1r import scan, ssd
+from falcon_h1r.scan import ssd_scan
+from falcon_h1r.ssd import ssd_chunked, ssd_dual, ssd_recurrent
 
-FORMS = {"recurrent": ssd_recurrent, "dual": ssd_dual, "chunked": ssd_chunked}
-STEPS = {"step": ssd_step, "step_reference": ssd_step_reference}
+FORMS = {
+    "recurrent": ssd_recurrent,
+    "dual": ssd_dual,
+    "chunked": ssd_chunked,
+    "scan": ssd_scan,
+}
+CHUNKED = {"chunked": ssd_chunked, "scan": ssd_scan}
+STEPS = {"step": ssd.ssd_step, "tuned_step": scan.ssd_step}
 FLOAT64_BOUND = 1e-12
 
 
@@ -94,8 +103,9 @@ def test_every_chunk_size_gives_the_recurrence(length, start):
         "seq_idx_bl": make_seq_idx(2, length, seed=length) if "packed" in start else None,
     }
     expected_y, expected_state = ssd_recurrent(*inputs, **options)
-    for chunk_size in (1, 2, 7, 8, 64, length, length + 3):
-        y, state = ssd_chunked(*inputs, chunk_size=chunk_size, **options)
+    sizes = (1, 2, 7, 8, 64, length, length + 3)
+    for chunk_size, form in itertools.product(sizes, CHUNKED.values()):
+        y, state = form(*inputs, chunk_size=chunk_size, **options)
         assert relative_error(y, expected_y) < FLOAT64_BOUND, chunk_size
         assert relative_error(state, expected_state) < FLOAT64_BOUND, chunk_size
     y, state = ssd_dual(*inputs, **options)
@@ -302,7 +312,7 @@ DECAYS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("form", ["recurrent", "chunked"])
+@pytest.mark.parametrize("form", ["recurrent", "chunked", "scan"])
 def test_rounding_is_at_most_twice_that_of_transformers(form, decay, dtype):
     """Chunks of 128, as released. A weak decay after strong ones is where sums cancel."""
     b, l, h, p, g, n = 2, 300, 4, 16, 2, 24
@@ -362,7 +372,7 @@ class LiveMemory(TorchDispatchMode):
 def memory_of_scan(l, chunk_size, *, b=1, h=16, p=8, g=1, n=64):
     inputs = make_inputs(b, l, h, p, g, n, dtype=torch.float32)
     with LiveMemory(inputs) as memory, torch.no_grad():
-        y, state = ssd_chunked(*inputs, chunk_size=chunk_size)
+        y, state = ssd_scan(*inputs, chunk_size=chunk_size)
     return memory, sum(t.nbytes for t in (*inputs, y, state)), y.nbytes
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from .. import cost as sheet
-from .. import int8, ops
+from .. import ops
 from ..cache import Cache
-from ..generation.compiled import CompiledPrefill, CompiledStep, require_compiler
+from ..cpu import CompiledPrefill, CompiledStep, int8, require_compiler
+from ..cpu.onednn import unusable, use_onednn
 from ..generation.graph import DecodeStep
 from ..model import FalconH1ForCausalLM
-from ..onednn import unusable, use_onednn
 from . import gate, layer, llama_model, peer_model
 from .registry import Workload
 

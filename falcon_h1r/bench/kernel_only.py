@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ssd
 from ..conv import causal_conv1d_reference, causal_conv1d_step
 from ..generation.logprob import logprob
 from ..norm import gated_rms_norm, gated_rms_norm_reference, rms_norm, rms_norm_reference
 from ..precision import compute_dtype
-from ..ssd import ssd_step, ssd_step_reference
+from ..scan import ssd_step
 from .mixer_operators import OPERATORS as MIXER
 from .mixer_operators import conv_step_inputs, ssd_step_inputs
 from .sizes import SILU, Alone, Cost, Draw, Operator, Size
@@ -85,7 +86,7 @@ def conv_ssd_step_reference(
     )
     new_window_bvc.copy_(window)
     x, B, C = _cut(convolved[:, 0], state_bhpn, groups)
-    return ssd_step_reference(state_bhpn, x, dt_bh, A_h, B, C, D_h).to(xBC_bc.dtype)
+    return ssd.ssd_step(state_bhpn, x, dt_bh, A_h, B, C, D_h).to(xBC_bc.dtype)
 
 
 def conv_ssd_step(
@@ -150,9 +151,7 @@ def ssd_step_norm_reference(
     state_bhpn (b, h, p, n) is updated in place; z_bhp (b, h, p); weight_d (d,), d = h p; the rest
     as in the two.
     """
-    y = ssd_step_reference(
-        state_bhpn, x_bhp.to(compute_dtype(x_bhp)), dt_bh, A_h, B_bgn, C_bgn, D_h
-    )
+    y = ssd.ssd_step(state_bhpn, x_bhp.to(compute_dtype(x_bhp)), dt_bh, A_h, B_bgn, C_bgn, D_h)
     rest = (weight_d, eps, n_groups, norm_before_gate)
     out = gated_rms_norm_reference(y.flatten(-2)[:, None], z_bhp.flatten(-2)[:, None], *rest)
     return out.view(y.shape).to(x_bhp.dtype)

@@ -90,7 +90,7 @@ def bind(model: FalconH1ForCausalLM, inputs: dict[str, Any], compiled: bool = Fa
     cache = copy_of(inputs["cache"], model.dtype)
     layer, x = cache.layer(0), inputs["x_bld"].to(model.dtype)
     wide = torch.promote_types(model.dtype, torch.float32)
-    span = Span.plan(model.config, cache, x.shape[:2], None, None, x.device, wide)
+    span = Span.plan(model.config, cache, x, None, None, wide)
     forward = block
     if compiled:
         torch.compiler.reset()

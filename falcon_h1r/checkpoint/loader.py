@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, FalconH1Config
-from ..ops import Ops, default_table
+from ..ops import Ops
 from .errors import CheckpointError
 from .hub import CONFIG, GENERATION_CONFIG, resolve
 from .layout import DTYPES, Entry, listed, read_json_object, read_layout, shown
@@ -69,7 +69,6 @@ def load(
     folder = resolve(path_or_repo_id, revision)
     config = _config_of(folder)
     entries = read_layout(folder)
-    ops = default_table(device, dtype) if ops is None else ops
     model = _empty_model(folder, config, len(entries), ops, dtype)
     wanted = model.state_dict()
     if config.tie_word_embeddings:
@@ -78,6 +77,7 @@ def load(
 
     weights = _read_all(entries, wanted, device, check, progress)
     model.load_state_dict(weights, strict=True, assign=True)
+    model.to(device)  # moves nothing; a table that nobody chose becomes the device's
     model.source = folder.absolute()
     model.eos_token_ids = end_token_ids(config, read_generation_config(folder))
     return model.eval()

@@ -175,10 +175,10 @@ def load_model(args: argparse.Namespace):
         from ..checkpoint import fold_multipliers
 
         model = fold_multipliers(model)
-    from ..onednn import unusable, use_onednn
+    from ..cpu.onednn import unusable, use_onednn
 
     if args.int8:
-        from ..int8 import use_int8
+        from ..cpu import use_int8
 
         return use_int8(model)
     reason = "--no-onednn was given" if args.no_onednn else unusable(model)
@@ -193,7 +193,7 @@ def compile_step(args: argparse.Namespace, model, rows: int) -> bool | None:
         return None
     import torch
 
-    from ..generation.compiled import CompiledStep
+    from ..cpu import CompiledStep
 
     start = time.perf_counter()
     cache = model.new_cache(rows, 4)
@@ -205,7 +205,7 @@ def compile_step(args: argparse.Namespace, model, rows: int) -> bool | None:
 
 def _check_compile(args: argparse.Namespace) -> None:
     """Refuse before the weights are read."""
-    from ..generation.compiled import require_compiler
+    from ..cpu import require_compiler
 
     if args.int8:
         raise ValueError("--compile: torch.compile takes no int8 layers; leave out --int8")

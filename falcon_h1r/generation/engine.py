@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from ..cache import Span
-from .compiled import CompiledStep, require_compiler
+from ..cpu import CompiledStep, require_compiler
+from ..cpu.compiled import ROOM
+from ..precision import compute_dtype
 from .graph import DecodeStep
 from .output import EngineStep, TraceOutput
 from .params import SamplingParams, derive_seeds
 from .rows import RowText, need_tokenizer, settle, stops_of
 from .sampling import Sampler
 from .scheduler import Scheduler
-from .slots import ROOM, Plan
+from .slots import Plan
 from .trace import Trace
 
 
@@ -70,7 +72,6 @@ class Engine:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer")
         self._model, self._tokenizer = model, tokenizer
-        self._work = torch.promote_types(model.dtype, torch.float32)
         self.max_rows, self._fixed_width = max_rows, fixed_width
         on_gpu = model.device.type == "cuda"
         self._form = None
@@ -255,10 +256,10 @@ class Engine:
         past_b, longest = view.lengths.to(model.device), int(lengths[:count].max()) + 1
         # In full blocks, since a library adds up the last few keys of a row otherwise.
         total = -(-longest // ROOM) * ROOM
-        span = Span.step(model.config, past_b, total, self._work)
+        span = Span.step(model.config, past_b, total, compute_dtype(model.dtype))
         if form is not None:
             return form(tokens, span)[:count]
-        logits = model(tokens[:, None], None, view, 1, span=span)[:, -1]
+        logits = model.logits(model.run(model.embed(tokens[:, None]), span, view))[:, -1]
         view.lengths += 1
         return logits[:count]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache, Span
+from ..precision import compute_dtype
 
 
 class DecodeStep:
@@ -48,9 +49,9 @@ class DecodeStep:
     @torch.no_grad()
     def _step(self) -> Tensor:
         model, cache = self._model, self._cache
-        work = torch.promote_types(model.dtype, torch.float32)
-        span = Span.step(model.config, self.past_b, cache.max_length, work)
-        logits = model(self._tokens, cache=cache, logits_to_keep=1, span=span)[:, -1]
+        dtype = compute_dtype(model.dtype)
+        span = Span.step(model.config, self.past_b, cache.max_length, dtype)
+        logits = model.logits(model.run(model.embed(self._tokens), span, cache))[:, -1]
         self.past_b += 1
         return logits
 

@@ -85,20 +85,27 @@ def _is_integer(ids: Tensor) -> bool:
 def prefill_chunks(
     rows: list[Tensor], chunk: int | None, device
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(input_ids, attention_mask) pieces of a batch, in order, at most `chunk` columns each.
+    """Pieces of a batch of prompts, in order, at most `chunk` columns each.
 
-    Rows are padded on the left, so that all of them end in the last piece; early pieces of a short
-    row may be nothing but padding. The mask is None where a piece has no padding.
+    Each piece is ids (b, longest), padded on the right, and lengths (b,) on the CPU, or None where
+    all rows are equally long: the layout of `Span.plan`. The prompts end together, in the last
+    piece; early pieces may hold nothing of a short one.
     """
     longest = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row) :] = row
-        mask[number, longest - len(row) :] = 1
     # Cut from the end, so that the last piece is a full one and the first takes the remainder.
     step = longest if chunk is None else min(chunk, longest)
     ends = range(longest, 0, -step)
     for start, end in [(max(end - step, 0), end) for end in reversed(ends)]:
-        piece = mask[:, start:end]
-        yield ids[:, start:end].to(device), None if bool(piece.all()) else piece.to(device)
+        before = [longest - len(row) for row in rows]
+        parts = [row[max(start - n, 0) : max(end - n, 0)] for row, n in zip(rows, before)]
+        lengths = torch.tensor([len(part) for part in parts])
+        ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
+        yield ids, None if int(lengths.min()) == end - start else lengths
+
+
+def last_of(x_bld: Tensor, lengths: Tensor | None) -> Tensor:
+    """(b, 1, d): what stands at each row's last token."""
+    if lengths is None:
+        return x_bld[:, -1:]
+    rows = torch.arange(len(x_bld), device=x_bld.device)
+    return x_bld[rows, lengths.to(x_bld.device) - 1][:, None]

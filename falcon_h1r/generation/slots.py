@@ -11,10 +11,7 @@ from typing import NamedTuple
 
 from ..cache import TENSORS, Cache
 from ..cost import in_units, kv_bytes, state_bytes
-
-# Tokens: what a step attends to is a multiple of it, and the room of a row, so that like requests
-# fit one cache, a multiple and one: a compiled step never takes all, and none reads a last token.
-ROOM = 64
+from ..cpu.compiled import ROOM
 
 
 class Plan(NamedTuple):

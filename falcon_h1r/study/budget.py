@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..cache import fingerprint
+from ..cache_file import fingerprint
 from ..model import FalconH1ForCausalLM
 from ..ops import REFERENCE, Ops
 from ..precision import compute_dtype

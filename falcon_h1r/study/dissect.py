@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cache import Span
 from ..checkpoint import Streamed
-from ..precision import scaled
+from ..precision import compute_dtype, scaled
 from ..taps import full_names, record, tap_of
 from . import contributions, hidden_attention, switches, timescales
 from .lens import head_logits, lens, token_losses
@@ -90,8 +90,7 @@ def dissect(
     _check(config, ids)
     device = source.device
     row = torch.tensor([ids], device=device)
-    work = torch.promote_types(model.dtype, torch.float32)
-    span = Span.plan(config, None, row.shape, None, None, device, work)
+    span = Span.plan(config, None, row, None, None, compute_dtype(model.dtype))
     with _loaded(source, EMBEDDING) as embedding:
         x = scaled(embedding(row), config.embedding_multiplier)
 

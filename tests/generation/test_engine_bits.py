@@ -14,12 +14,12 @@ from memory_model import garble_free_rows
 from models import make_config, make_model, random_ids, rms_error, same_weights
 
 from falcon_h1r.cache import Span
+from falcon_h1r.cpu import CompiledStep
+from falcon_h1r.cpu.compiled import ROOM
+from falcon_h1r.cpu.onednn import unusable, use_onednn
 from falcon_h1r.generation import Engine, SamplingParams
 from falcon_h1r.generation import engine as engine_module
-from falcon_h1r.generation.compiled import CompiledStep
 from falcon_h1r.generation.graph import DecodeStep
-from falcon_h1r.generation.slots import ROOM
-from falcon_h1r.onednn import unusable, use_onednn
 from falcon_h1r.ops import REFERENCE, TORCH
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
@@ -119,7 +119,8 @@ def test_in_narrow_dtypes_other_rows_and_widths_are_as_near_the_truth(dtype):
             for column in fed.T:
                 total = int(cache.lengths.max()) + 1
                 span = Span.step(model.config, cache.lengths.clone(), total, work)
-                out.append(model(column[:, None], None, cache, 1, span=span)[row, -1])
+                x_bld = model.run(model.embed(column[:, None]), span, cache)
+                out.append(model.logits(x_bld)[row, -1])
                 cache.lengths += 1
         return torch.stack(out)
 
@@ -216,7 +217,8 @@ class Uncompiled:
     def __call__(self, tokens_b, span):
         assert span.total % ROOM == 0 and span.total < self.cache.max_length
         assert span.past_b.tolist() == self.cache.lengths.tolist()
-        logits = self.model(tokens_b[:, None], None, self.cache, 1, span=span)[:, -1]
+        model = self.model
+        logits = model.logits(model.run(model.embed(tokens_b[:, None]), span, self.cache))[:, -1]
         self.cache.lengths += 1
         return logits
 

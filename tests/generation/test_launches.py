@@ -5,8 +5,8 @@ import torch
 from compiler import needs_compiler
 from torch import Tensor
 
-from falcon_h1r.generation import launches
-from falcon_h1r.generation.launches import Replay, inductor
+from falcon_h1r.cpu import launches
+from falcon_h1r.cpu.launches import Replay, inductor
 
 pytestmark = needs_compiler
 WEIGHTS = [
@@ -66,11 +66,6 @@ def inputs(count: int) -> list[Tensor]:
     )
 
 
-def played(replay: Replay):
-    again = replay.play()
-    return lambda x, *_: again(x)
-
-
 def spoil(replay: Replay) -> None:
     """No call may read what an earlier one left in the buffers, the chain's last output aside."""
     for buffers in replay._buffers:
@@ -101,7 +96,7 @@ def test_chains_of_calls(chain, planned):
             found = run(recorded, x, held)
         else:
             spoil(replay)
-            found = run([played(replay)] * 3, x, held)
+            found = replay.play(x)
         assert replay.whole and all(map(torch.equal, given, inputs(4)))  # left as they were
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(held, true)
@@ -123,7 +118,7 @@ def test_each_call_reads_one_buffer_and_writes_another():
     )
     first, second = inputs(2)
     run([lambda *arguments: replay.record(form, *arguments)] * 3, first, held)
-    found = run([played(replay)] * 3, second, held)
+    found = replay.play(second)
     torch.testing.assert_close(found, run([reversed_sum] * 3, second, held))
 
 
@@ -141,7 +136,7 @@ def test_tensors_change_and_numbers_stay():
         replay.record(form, x, weight, reach)
         for _ in range(2):
             weight.mul_(1.5)
-            torch.testing.assert_close(replay.play()(x), part(x, weight, reach))
+            torch.testing.assert_close(replay.play(x), part(x, weight, reach))
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from memory_model import CONFIG, VOCAB, MemoryModel, garble_free_rows, said
 
 from falcon_h1r.cost import kv_bytes, state_bytes
+from falcon_h1r.cpu.compiled import ROOM
 from falcon_h1r.generation import Engine, SamplingParams
 from falcon_h1r.generation import slots as slots_module
-from falcon_h1r.generation.slots import ROOM, Slots, plan
+from falcon_h1r.generation.slots import Slots, plan
 
 STATE = sum(state_bytes(CONFIG, torch.float32).values())
 ROW = STATE + kv_bytes(CONFIG, ROOM + 1, torch.float32)  # of up to ROOM tokens

@@ -11,7 +11,7 @@ from models import VARIANTS, make_config, make_model, random_ids, relative_error
 from falcon_h1r import ops as operators
 from falcon_h1r.checkpoint import stream_modules
 from falcon_h1r.config import ConfigError, FalconH1Config
-from falcon_h1r.onednn import unusable, use_onednn
+from falcon_h1r.cpu.onednn import unusable, use_onednn
 from falcon_h1r.ops import REFERENCE
 from falcon_h1r.study.contributions import BRANCHES, attribute, sizes
 from falcon_h1r.study.dissect import dissect, plain

@@ -7,7 +7,7 @@ and is slower than oneDNN for several rows; here the weights lie that way, and o
 single rows. Results are those of the same product: only the order of sums may differ.
 
 No library reads a matrix for one row as fast as memory gives it. Under `torch.compile`
-(`generation/compiled.py`) a layer with `stream` is written as products and sums instead, which the
+(`compiled.py`) a layer with `stream` is written as products and sums instead, which the
 compiler turns into one pass over the weights by all threads.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .precision import compute_dtype
+from ..precision import compute_dtype
 
 # Up to this many rows a compiled step streams the weights. Beyond, arithmetic is the limit, at
 # which oneDNN is better: from 3 rows on with packed bfloat16, from 9 in float32.
@@ -137,7 +137,7 @@ def use_onednn(model, stream: bool = False):
     A bfloat16 model keeps its packed weights alone, layer by layer in place of the others (a tied
     head gets packed ones beside the embedding): it cannot be trained, saved or moved any more. A
     float32 model keeps its weights, but gets no gradients. stream: as the compiled step of
-    `generation/compiled.py` wants the layers; bfloat16 weights are then held twice. Raises
+    `compiled.py` wants the layers; bfloat16 weights are then held twice. Raises
     ValueError with the reason where oneDNN cannot serve it.
     """
     if reason := unusable(model):

@@ -14,17 +14,21 @@ rounded up and masked, so that nothing but the content of tensors changes for a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache import Cache, Span
-from ..ssd import LONGEST_CHUNK
+from ..precision import compute_dtype
+from ..scan import LONGEST_CHUNK
 from .launches import Replay, inductor
-from .slots import ROOM
+
+# Tokens: what a step attends to is a multiple of it, and the room of an engine's row, so that like
+# requests fit one cache, a multiple and one: a compiled step never takes all, and none reads a last
+# token.
+ROOM = 64
 
 # What is compiled is shared by all models of one shape: kept here as torch.compile keeps it, by
 # function, up to this many variants (batch sizes, dtypes, configs).
@@ -36,8 +40,8 @@ def _block_step(block, x_bld: Tensor, span: Span, layer, reach: Tensor) -> Tenso
     return block(x_bld, span._replace(total=len(reach)), layer)
 
 
-def _logits_step(logits_of: Callable, x_bld: Tensor) -> Tensor:
-    return logits_of(x_bld)
+def _logits_step(model, x_bld: Tensor) -> Tensor:
+    return model.logits(x_bld)
 
 
 class _Recorded(NamedTuple):
@@ -47,13 +51,12 @@ class _Recorded(NamedTuple):
     span: Span  # its own tensors, which the kernels read
     replay: Replay
 
-    def play(self, span: Span) -> Callable:
-        """What to call in place of what was recorded."""
+    def play(self, x_bld: Tensor, span: Span) -> Tensor:
+        """Logits of other tokens, where `span` says."""
         for own, given in zip(self.span, span):
             if isinstance(own, Tensor):
                 own.copy_(given)
-        again = self.replay.play()
-        return lambda _, x_bld, *__: again(x_bld)
+        return self.replay.play(x_bld)
 
 
 class CompiledStep:
@@ -72,6 +75,7 @@ class CompiledStep:
             raise ValueError(f"CompiledStep: serves a CPU, the model is on {model.device}")
         require_compiler()
         self._model, self._cache = model, cache
+        self._twin = model.under("inductor")
         self._recorded: _Recorded | None = None  # the last step
         self._reach = torch.empty(cache.max_length, dtype=torch.bool)  # only its length counts
         self._layers = cache.layers()
@@ -98,15 +102,16 @@ class CompiledStep:
         compiled = 1 < span.total < cache.max_length
         kind = span.total, torch.get_num_threads()
         recorded, self._recorded = self._recorded, None
+        x_bld = model.embed(tokens_b[:, None])
         if not compiled:
-            recorded = call = None
+            recorded = None
+            logits = model.logits(model.run(x_bld, span, cache))[:, -1]
         elif recorded is not None and recorded.kind == kind:
-            call = recorded.play(span)
+            logits = recorded.play(x_bld, span)[:, -1]
         else:
             own = Span(*(p.clone() if isinstance(p, Tensor) else p for p in span))
             recorded = _Recorded(kind, own, Replay())
-            call = self._record(recorded)
-        logits = model(tokens_b[:, None], None, cache, 1, span=span, call=call)[:, -1]
+            logits = self._record(recorded, x_bld)[:, -1]
         cache.lengths += 1
         if recorded is None or not recorded.replay.whole:
             return logits
@@ -120,25 +125,18 @@ class CompiledStep:
         cache.require_room(ends)
         longest = int(ends.max())
         reach = max(longest, min(-(-longest // ROOM) * ROOM, cache.max_length - 1))
-        work = torch.promote_types(model.dtype, torch.float32)
-        return Span.step(model.config, cache.lengths, reach, work)
+        return Span.step(model.config, cache.lengths, reach, compute_dtype(model.dtype))
 
-    def _record(self, recorded: _Recorded) -> Callable:
-        """What to call in place of the blocks, and of what makes logits behind them."""
+    def _record(self, recorded: _Recorded, x_bld: Tensor) -> Tensor:
+        """Logits through the compiled blocks, each call of which is recorded."""
         span, replay = recorded.span, recorded.replay
         reach = self._reach[: span.total]
         torch._dynamo.mark_dynamic(reach, 0)
         rest = span._replace(total=0)
-        layers = iter(self._layers)
-
-        def call(function, x_bld, *arguments):
-            with torch._dynamo.config.patch(recompile_limit=VARIANTS):
-                if not arguments:
-                    return replay.record(partial(self._logits, function), x_bld)
-                block = partial(self._block, function)
-                return replay.record(block, x_bld, rest, next(layers), reach)
-
-        return call
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            for block, layer in zip(self._twin.model["layers"], self._layers, strict=True):
+                x_bld = replay.record(partial(self._block, block), x_bld, rest, layer, reach)
+            return replay.record(partial(self._logits, self._twin), x_bld)
 
 
 def _block_prefill(block, x_bld: Tensor, span: Span, layer, before: Tensor | None) -> Tensor:
@@ -153,17 +151,22 @@ class CompiledPrefill:
     the first behind other tokens once more; another length, depth or cache does not. Compiled are
     calls in which all rows hold equally many tokens and get equally many, more than a chunk of the
     scan, and leave room in the cache. Any other - padding, rows of several depths, a few tokens,
-    no cache, the last tokens of a full one - runs as `model` does. Raises ValueError where torch
-    finds no C++ compiler, or the model is not on a CPU.
+    no cache, the last tokens of a full one - runs as `model` does. `run` is `model.run` so
+    compiled. Raises ValueError where torch finds no C++ compiler, or the model is not on a CPU.
     """
 
     def __init__(self, model):
         if model.device.type != "cpu":
             raise ValueError(f"CompiledPrefill: serves a CPU, the model is on {model.device}")
         require_compiler()
-        self._model = model
-        self._chunk = min(model.config.mamba_chunk_size, LONGEST_CHUNK)
-        self._block = torch.compile(_block_prefill, fullgraph=True, dynamic=False)
+        shortest = min(model.config.mamba_chunk_size, LONGEST_CHUNK) + 1
+        compiled = torch.compile(_block_prefill, fullgraph=True, dynamic=False)
+        self._twin = model.under("inductor")
+        self._twin.model["layers"] = nn.ModuleList(
+            _PrefillBlock(*blocks, compiled, shortest)
+            for blocks in zip(model.model["layers"], self._twin.model["layers"])
+        )
+        self.run = torch.no_grad()(self._twin.run)
 
     @torch.no_grad()
     def __call__(
@@ -174,21 +177,26 @@ class CompiledPrefill:
         logits_to_keep: int = 0,
     ) -> Tensor:
         """As `FalconH1ForCausalLM.forward`; nothing gets a gradient."""
-        # Lengths that are equal by chance in the first call need not be in the next.
-        apart = torch.fx.experimental._config.patch(use_duck_shape=False)
-        with torch._dynamo.config.patch(recompile_limit=VARIANTS), apart:
-            return self._model(input_ids, attention_mask, cache, logits_to_keep, call=self._call)
+        return self._twin(input_ids, attention_mask, cache, logits_to_keep)
 
-    def _call(self, module, x_bld: Tensor, span: Span | None = None, layer=None) -> Tensor:
-        if span is None:
-            return module(x_bld)
+
+class _PrefillBlock(nn.Module):
+    """A block that is compiled where that pays, and called as it is elsewhere."""
+
+    def __init__(self, plain, twin, compiled, shortest: int):
+        super().__init__()
+        self.plain, self.twin = plain, twin
+        self._compiled, self._shortest = compiled, shortest
+
+    def forward(self, x_bld: Tensor, span: Span, layer=None) -> Tensor:
         l = x_bld.shape[1]
         past = span.total - l
         level = layer is not None and span.padding_bl is None
         # torch.compile takes one token before these, and keys up to the end of the cache, for
         # cases of their own; a few tokens are not worth one.
-        if not level or l <= self._chunk or past == 1 or span.total == layer.keys_bjse.shape[2]:
-            return module(x_bld, span, layer)
+        few, full = l < self._shortest, level and span.total == layer.keys_bjse.shape[2]
+        if not level or few or past == 1 or full:
+            return self.plain(x_bld, span, layer)
         before = None
         if span.past_b is not None:
             before = torch.empty(past, dtype=torch.bool)  # only its length counts, as above
@@ -197,7 +205,10 @@ class CompiledPrefill:
             torch._dynamo.mark_dynamic(tensor, 1)
         for tensor in (layer.keys_bjse, layer.values_bjse):
             torch._dynamo.mark_dynamic(tensor, 2)
-        return self._block(module, x_bld, span._replace(total=0), layer, before)
+        # Lengths that are equal by chance in the first call need not be in the next.
+        apart = torch.fx.experimental._config.patch(use_duck_shape=False)
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS), apart:
+            return self._compiled(self.twin, x_bld, span._replace(total=0), layer, before)
 
 
 def require_compiler() -> None:

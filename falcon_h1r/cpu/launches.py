@@ -111,10 +111,11 @@ class Replay:
 
         self._calls.append(call)
 
-    def play(self) -> Callable[[Tensor], Tensor]:
-        """What to call in place of each function, in the recorded order, with its x."""
-        calls = iter(self._calls)
-        return lambda x: next(calls)(x)
+    def play(self, x: Tensor) -> Tensor:
+        """The whole chain once more, from another x."""
+        for call in self._calls:
+            x = call(x)
+        return x
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether a call's result is the memory of this one, to be overwritten."""
