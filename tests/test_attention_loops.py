@@ -1,12 +1,14 @@
 """Compiled attention of one query per row: loops of sums over the keys, in pieces.
 
-Truth is float64; expected errors are those of torch's fused attention in the same dtype.
+Truth is float64; expected errors are those of torch's two attentions in the same dtype: the fused
+one scales scores, the other one scales q, as the loops do.
 """
 
 import pytest
 import torch
 from compiler import needs_compiler
 from models import rms_error
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from falcon_h1r.attention import decode_attention_reference
 from falcon_h1r.cpu import inductor as forms
@@ -48,9 +50,10 @@ def compiled_attention(monkeypatch):
 
 
 def check(call, shape, dtype, lengths_of=lambda s, b: None):
-    """Errors of all lengths together: those of two keys alone are a matter of luck."""
+    """At most twice the others' error in the mean of all lengths: where two scores of hundreds lie
+    close, one length's ratio is a matter of luck."""
     b, r, j, e = shape
-    results = []
+    errors = []
     for seed, s in enumerate(LENGTHS):
         q, k, v = inputs(b, r, j, e, s, dtype, seed)
         reach = torch.empty(s, dtype=torch.bool)
@@ -62,12 +65,16 @@ def check(call, shape, dtype, lengths_of=lambda s, b: None):
         mask = None
         if lengths is not None:
             mask = (torch.arange(s) < lengths[:, None])[:, None, None]
-        there = FUSED(q.view(b, j, r, e), k, v, attn_mask=mask).reshape(b, r * j, e)
         assert found.dtype == dtype and found.shape == truth.shape
-        results.append((found, there, truth))
-        assert rms_error(found, truth) <= 4 * rms_error(there, truth), s
-    found, there, truth = (torch.cat(parts) for parts in zip(*results))
-    assert rms_error(found, truth) <= 2 * rms_error(there, truth)
+        others = []
+        for form in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+            with sdpa_kernel(form):
+                o = FUSED(q.view(b, j, r, e), k, v, attn_mask=mask)
+            others.append(o.reshape(b, r * j, e))
+        errors.append([rms_error(out, truth) for out in (found, *others)])
+        assert errors[-1][0] <= 8 * max(errors[-1][1:]), s
+    ours, *theirs = torch.tensor(errors, dtype=torch.float64).log().mean(0).exp().tolist()
+    assert ours <= 2 * max(theirs)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

@@ -185,7 +185,9 @@ class Engine:
         logprobs = None
         if t.params.wants_logprobs:
             # An interrupted step may have left one more of them than tokens.
-            logprobs = torch.tensor(t.logprobs[: len(t.tokens)], dtype=self._work)
+            logprobs = torch.tensor(
+                t.logprobs[: len(t.tokens)], dtype=compute_dtype(self._model.dtype)
+            )
         tokens = torch.tensor(t.tokens, dtype=torch.int64)
         return TraceOutput(tokens, logprobs, t.reason, text, t.seed, len(t.prompt.ids))
 
