@@ -38,6 +38,7 @@ from pico_task import LEVELS, grade, held_out_problems, make_split_problem  # no
 from pico_tokenizer import PAD, build_tokenizer, chat_prompt, write_text_files  # noqa: E402
 
 from falcon_h1r.checkpoint import save  # noqa: E402
+from falcon_h1r.files import whole_file, write_file  # noqa: E402
 from falcon_h1r.generation import SamplingParams, generate  # noqa: E402
 from falcon_h1r.model import FalconH1ForCausalLM  # noqa: E402
 
@@ -146,9 +147,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list) -
 
 def save_progress(path: Path, state: dict) -> None:
     """Write a training state so that an interruption leaves the old file or the new one, whole."""
-    temporary = path.with_suffix(path.suffix + ".part")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as new:
+        torch.save(state, new)
 
 
 def train(model: nn.Module, args: argparse.Namespace) -> dict:
@@ -265,7 +265,7 @@ def write_facts(args: argparse.Namespace, parameters: int, done: dict, scores: d
         },
     }
     path = args.out.with_name(args.out.name + ".training.json")
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(facts, indent=2) + "\n")
 
 
 def _processor() -> str:

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..files import whole_file
 from .errors import CheckpointError
 from .fold import fold_factors
 from .hub import resolve
@@ -101,34 +101,41 @@ def save_gguf(
     if dtype not in (torch.float32, torch.bfloat16):
         raise CheckpointError(f"GGUF: dtype is {dtype}, expected torch.float32 or torch.bfloat16")
     _refuse_unsupported(model)
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    try:
+        _refuse_foreign(target)
+        with whole_file(target) as new:
+            _write(gguf.GGUFWriter(new, ARCHITECTURE), gguf, model, dtype, tokenizer_from)
+    except OSError as error:
+        raise CheckpointError(f"cannot save to {target}: {error}") from error
+
+
+def _write(writer: Any, gguf: Any, model: FalconH1ForCausalLM, dtype, tokenizer_from) -> None:
     tensors = model.state_dict()
     entries = list(folded_entries(model.config))
-    target = Path(os.path.realpath(os.path.expanduser(path)))
-    with _replacing(target) as temporary:
-        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-        with contextlib.closing(writer):
-            _add_metadata(writer, gguf, model.config, dtype)
-            if tokenizer_from is None:
-                writer.add_tokenizer_model("none")
-            else:
-                _add_vocabulary(writer, gguf, model.config, tokenizer_from)
-            for entry in entries:
-                stored = torch.float32 if entry.is_float32 else dtype
-                writer.add_tensor_info(
-                    entry.name,
-                    entry.shape,
-                    None,  # the numpy dtype, which raw_dtype makes superfluous
-                    torch.Size(entry.shape).numel() * stored.itemsize,
-                    raw_dtype=gguf.GGMLQuantizationType[_name(stored)],
-                )
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for entry in entries:
-                value = folded_value(entry, tensors)
-                if not (entry.is_float32 or dtype == torch.float32):
-                    value = value.to(dtype).view(torch.int16)  # numpy has no bfloat16
-                writer.write_tensor_data(value.numpy())
+    with contextlib.closing(writer):
+        _add_metadata(writer, gguf, model.config, dtype)
+        if tokenizer_from is None:
+            writer.add_tokenizer_model("none")
+        else:
+            _add_vocabulary(writer, gguf, model.config, tokenizer_from)
+        for entry in entries:
+            stored = torch.float32 if entry.is_float32 else dtype
+            writer.add_tensor_info(
+                entry.name,
+                entry.shape,
+                None,  # the numpy dtype, which raw_dtype makes superfluous
+                torch.Size(entry.shape).numel() * stored.itemsize,
+                raw_dtype=gguf.GGMLQuantizationType[_name(stored)],
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:
+            value = folded_value(entry, tensors)
+            if not (entry.is_float32 or dtype == torch.float32):
+                value = value.to(dtype).view(torch.int16)  # numpy has no bfloat16
+            writer.write_tensor_data(value.numpy())
 
 
 def folded_entries(config: FalconH1Config) -> Iterator[Entry]:
@@ -292,21 +299,12 @@ def _name(dtype: torch.dtype) -> str:
     return "F32" if dtype == torch.float32 else "BF16"
 
 
-@contextlib.contextmanager
-def _replacing(target: Path):
-    """The path of a new file beside `target` that takes its place if the block succeeds."""
-    temporary = target.with_name(f".{target.name}.saving-{secrets.token_hex(4)}")
-    try:
-        if os.path.lexists(target):
-            with open(target, "rb") as file:
-                if file.read(len(MAGIC)) != MAGIC:
-                    raise CheckpointError(f"{target} is not replaced: it is no GGUF file")
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise CheckpointError(f"cannot save to {target}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+def _refuse_foreign(path: Path) -> None:
+    """Only a GGUF file may be replaced."""
+    if not os.path.lexists(path):
+        return
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return
+    raise CheckpointError(f"{path} is not replaced: it is no GGUF file")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..files import whole_file
 from .answers import Equality
 from .confidence import group_confidences
 from .online import LOW, NATURAL, OnlineResult
@@ -117,7 +118,8 @@ def plot_confidence(
     axes.set_title(_title(record), fontsize=10)
     axes.grid(alpha=0.2)
     figure.legend(fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as new:
+        figure.savefig(new, dpi=150)
 
 
 class _Line(NamedTuple):
@@ -188,7 +190,8 @@ def plot_accuracy(points: Iterable[Point], path: str | Path, title: str = "") ->
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.2)
     figure.legend(fontsize=8, loc="outside right upper", title="policy: right, tokens")
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as new:
+        figure.savefig(new, dpi=150)
 
 
 def _color(policy: str) -> str:
