@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .checks import is_integer, refuse
 from .config import FalconH1Config
 
 
@@ -110,8 +111,8 @@ def sheet(
     second that it allows.
     """
     for name, values in (("contexts", contexts), ("traces", traces)):
-        if not values or min(values) < 1:
-            raise ValueError(f"{name} is {list(values)}, expected positive integers")
+        if not values or not all(is_integer(value, 1) for value in values):
+            refuse(name, list(values), "integers >= 1")
     weights, states = weight_bytes(config, dtype), state_bytes(config, dtype)
     rows = []
     for context in contexts:
