@@ -250,9 +250,9 @@ def read_files(folder: Path):
 def ours(folder: Path):
     import torch
 
-    from falcon_h1r.checkpoint import load
+    from falcon_h1r import FalconH1ForCausalLM
 
-    return lambda: load(folder, dtype=torch.bfloat16)
+    return lambda: FalconH1ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
 def theirs(folder: Path):

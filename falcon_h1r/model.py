@@ -35,6 +35,8 @@ class FalconH1ForCausalLM(nn.Module):
     default device, "meta" builds without memory. Load weights with `from_pretrained`.
     """
 
+    config_class = FalconH1Config
+
     def __init__(self, config: FalconH1Config, ops: Ops | None = None, dtype=None, device=None):
         super().__init__()
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -198,15 +200,24 @@ class FalconH1ForCausalLM(nn.Module):
     def from_pretrained(
         cls,
         path_or_repo_id: str | Path,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
         ops: Ops | None = None,
         revision: str | None = None,
+        *,
+        check: bool = False,
+        progress: Callable[[int, int, str], None] | None = None,
     ) -> FalconH1ForCausalLM:
-        """Load a local folder or hub repository of safetensors; strict, see `checkpoint.load`."""
+        """Load a local folder, a hub repository or the embedded "h1r-pico", in eval mode.
+
+        dtype: of the weights, or its name; None: as they are stored. check: refuse NaN and
+        infinities. progress: called after each tensor with (bytes read, bytes in all, tensor name).
+        Strict: every tensor of the model must be there, and no other. What is accepted and raised
+        in detail: `checkpoint.load`.
+        """
         from .checkpoint import load
 
-        return load(path_or_repo_id, dtype=dtype, device=device, ops=ops, revision=revision)
+        return load(cls, path_or_repo_id, dtype, device, ops, revision, check, progress)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the released layout, which transformers loads too; see `checkpoint.save`."""

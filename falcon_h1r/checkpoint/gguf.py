@@ -23,7 +23,7 @@ from ..files import whole_file
 from .errors import CheckpointError
 from .fold import fold_factors
 from .hub import resolve
-from .loader import EMBEDDING, HEAD
+from .layout import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from ..config import FalconH1Config
@@ -49,7 +49,7 @@ _KNOWN_TOKENIZERS = {
 }
 
 
-class Entry(NamedTuple):
+class GGUFTensor(NamedTuple):
     """A tensor of the file: `factor` times a tensor of the model, in another shape."""
 
     name: str  # in the file
@@ -138,15 +138,15 @@ def _write(writer: Any, gguf: Any, model: FalconH1ForCausalLM, dtype, tokenizer_
             writer.write_tensor_data(value.numpy())
 
 
-def folded_entries(config: FalconH1Config) -> Iterator[Entry]:
+def folded_entries(config: FalconH1Config) -> Iterator[GGUFTensor]:
     """The tensors of the file in their order."""
     c = config
     table, d = (c.vocab_size, c.hidden_size), c.hidden_size
     head = EMBEDDING if c.tie_word_embeddings else HEAD
     factors = fold_factors(c)
-    yield Entry("token_embd.weight", EMBEDDING, table, factors[EMBEDDING])
-    yield Entry("output_norm.weight", "model.final_layernorm.weight", (d,))
-    yield Entry("output.weight", head, table, factors[HEAD])
+    yield GGUFTensor("token_embd.weight", EMBEDDING, table, factors[EMBEDDING])
+    yield GGUFTensor("output_norm.weight", "model.final_layernorm.weight", (d,))
+    yield GGUFTensor("output.weight", head, table, factors[HEAD])
     block = [*_attention_entries(c), *_mixer_entries(c), *_mlp_entries(c)]
     for index in range(c.num_hidden_layers):
         for entry in block:
@@ -156,42 +156,42 @@ def folded_entries(config: FalconH1Config) -> Iterator[Entry]:
             yield entry._replace(name=name, source=source, factor=factor)
 
 
-def _attention_entries(c: FalconH1Config) -> Iterator[Entry]:
+def _attention_entries(c: FalconH1Config) -> Iterator[GGUFTensor]:
     d, q = c.hidden_size, c.num_attention_heads * c.head_dim
     kv = c.num_key_value_heads * c.head_dim
-    yield Entry("attn_norm.weight", "input_layernorm.weight", (d,))
-    yield Entry("attn_q.weight", "self_attn.q_proj.weight", (q, d))
-    yield Entry("attn_k.weight", "self_attn.k_proj.weight", (kv, d))
-    yield Entry("attn_v.weight", "self_attn.v_proj.weight", (kv, d))
-    yield Entry("attn_output.weight", "self_attn.o_proj.weight", (d, q))
+    yield GGUFTensor("attn_norm.weight", "input_layernorm.weight", (d,))
+    yield GGUFTensor("attn_q.weight", "self_attn.q_proj.weight", (q, d))
+    yield GGUFTensor("attn_k.weight", "self_attn.k_proj.weight", (kv, d))
+    yield GGUFTensor("attn_v.weight", "self_attn.v_proj.weight", (kv, d))
+    yield GGUFTensor("attn_output.weight", "self_attn.o_proj.weight", (d, q))
 
 
-def _mixer_entries(c: FalconH1Config) -> Iterator[Entry]:
+def _mixer_entries(c: FalconH1Config) -> Iterator[GGUFTensor]:
     d, inner, heads = c.hidden_size, c.d_ssm, c.mamba_n_heads
-    yield Entry("ssm_in.weight", "mamba.in_proj.weight", (c.d_in_proj, d))
-    yield Entry("ssm_conv1d.weight", "mamba.conv1d.weight", (c.conv_dim, c.mamba_d_conv))
+    yield GGUFTensor("ssm_in.weight", "mamba.in_proj.weight", (c.d_in_proj, d))
+    yield GGUFTensor("ssm_conv1d.weight", "mamba.conv1d.weight", (c.conv_dim, c.mamba_d_conv))
     bias = "mamba.conv1d.bias" if c.mamba_conv_bias else None
-    yield Entry("ssm_conv1d.bias", bias, (c.conv_dim,))
-    yield Entry("ssm_dt.bias", "mamba.dt_bias", (heads,))
-    yield Entry("ssm_a", "mamba.A_log", (heads, 1))  # stored as A = -exp(A_log)
-    yield Entry("ssm_d", "mamba.D", (heads, 1))
+    yield GGUFTensor("ssm_conv1d.bias", bias, (c.conv_dim,))
+    yield GGUFTensor("ssm_dt.bias", "mamba.dt_bias", (heads,))
+    yield GGUFTensor("ssm_a", "mamba.A_log", (heads, 1))  # stored as A = -exp(A_log)
+    yield GGUFTensor("ssm_d", "mamba.D", (heads, 1))
     if c.mamba_rms_norm:
         groups = (c.mamba_n_groups, inner // c.mamba_n_groups)
-        yield Entry("ssm_norm.weight", "mamba.norm.weight", groups)
-    yield Entry("ssm_out.weight", "mamba.out_proj.weight", (d, inner))
+        yield GGUFTensor("ssm_norm.weight", "mamba.norm.weight", groups)
+    yield GGUFTensor("ssm_out.weight", "mamba.out_proj.weight", (d, inner))
 
 
-def _mlp_entries(c: FalconH1Config) -> Iterator[Entry]:
+def _mlp_entries(c: FalconH1Config) -> Iterator[GGUFTensor]:
     d, i = c.hidden_size, c.intermediate_size
-    yield Entry("ffn_norm", "pre_ff_layernorm.weight", (d,))  # this one without ".weight"
+    yield GGUFTensor("ffn_norm", "pre_ff_layernorm.weight", (d,))  # this one without ".weight"
     for name, shape in (("gate", (i, d)), ("up", (i, d)), ("down", (d, i))):
         source = f"feed_forward.{name}_proj"
-        yield Entry(f"ffn_{name}.weight", f"{source}.weight", shape)
+        yield GGUFTensor(f"ffn_{name}.weight", f"{source}.weight", shape)
         if c.mlp_bias:
-            yield Entry(f"ffn_{name}.bias", f"{source}.bias", shape[:1])
+            yield GGUFTensor(f"ffn_{name}.bias", f"{source}.bias", shape[:1])
 
 
-def folded_value(entry: Entry, tensors: dict[str, Tensor]) -> Tensor:
+def folded_value(entry: GGUFTensor, tensors: dict[str, Tensor]) -> Tensor:
     """The values of `entry` from a model's state_dict, float32 on the CPU."""
     if entry.source is None:
         return torch.zeros(entry.shape)

@@ -19,8 +19,8 @@ from ..checks import check_integer
 from ..files import whole_folder
 from .errors import CheckpointError
 from .hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, resolve
-from .layout import DTYPES, INDEX, SHARD_NAME, SINGLE, listed, read_json_object
-from .loader import EMBEDDING, bytes_of, read_generation_config
+from .layout import DTYPES, INDEX, SHARD_NAME, SINGLE, common_dtype, listed, read_json_object
+from .loader import bytes_of, read_generation_config
 
 if TYPE_CHECKING:
     from ..model import FalconH1ForCausalLM
@@ -115,7 +115,7 @@ def write_weights(
 
 def config_content(config: Any, specs: Iterable[Spec]) -> dict[str, Any]:
     """config.json: the configuration, and the dtype of the weights under both of its names."""
-    dtype = next(spec.dtype for spec in specs if spec.name == EMBEDDING)
+    dtype = common_dtype((spec.name, spec.dtype) for spec in specs)
     name = str(dtype).removeprefix("torch.")
     return config.to_dict() | {"dtype": name, "torch_dtype": name}
 

@@ -222,7 +222,8 @@ def test_policies_by_name():
 
 def test_a_record_of_h1r_pico(tmp_path):
     """Real traces: what DeepConf decides from the model's own numbers, recorded and replayed."""
-    from falcon_h1r.checkpoint import load
+    from models import load
+
     from falcon_h1r.commands.common import locate
     from falcon_h1r.generation import SamplingParams, generate
     from falcon_h1r.reasoning import Manifest, TraceRecorder, token_confidence
