@@ -204,8 +204,8 @@ def work(name: str, folder: Path, cache: str) -> dict:
         for file in files:
             read_file(file)
     before = memory()["VmRSS"]
-    sampler = Sampler()
-    sampler.start()
+    watch = MemoryWatch()
+    watch.start()
     start = time.perf_counter()
     model = call()
     seconds = time.perf_counter() - start
@@ -215,7 +215,7 @@ def work(name: str, folder: Path, cache: str) -> dict:
         for parameter in model.parameters():
             touch(parameter)
     touched = time.perf_counter() - start
-    peaks = sampler.stop()
+    peaks = watch.stop()
     return {
         "seconds": seconds,
         "touched_seconds": touched,
@@ -312,7 +312,7 @@ def memory() -> dict[str, int]:
     return out
 
 
-class Sampler(threading.Thread):
+class MemoryWatch(threading.Thread):
     """The highest value of each memory figure, looked at every 20 ms."""
 
     def __init__(self):

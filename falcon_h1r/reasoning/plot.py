@@ -13,7 +13,7 @@ from ..files import whole_file
 from .answers import Equality
 from .confidence import group_confidences
 from .online import LOW, NATURAL, OnlineResult
-from .traces import Record, Trace
+from .traces import Record, RecordedTrace
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 RIGHT, WRONG, OTHER = "#0072B2", "#D55E00", "0.6"
@@ -129,7 +129,9 @@ class _Line(NamedTuple):
     warmup: bool
 
 
-def _line(trace: Trace, result: OnlineResult | None, target, equality: Equality) -> _Line | None:
+def _line(
+    trace: RecordedTrace, result: OnlineResult | None, target, equality: Equality
+) -> _Line | None:
     length, reason, answer, warmup = len(trace), trace.reason, trace.answer, False
     if result is not None:
         outcome = next((o for o in result.traces if o.trace == trace.number), None)

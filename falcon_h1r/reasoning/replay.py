@@ -26,7 +26,7 @@ from .answers import Equality, Extractor, Vote, make_extractor
 from .confidence import MEASURES, trace_measures
 from .deepconf import MAJORITY, PRESETS, Ballot, DeepConf, Offline, offline_vote
 from .online import INTERRUPTED, LOW, Ended, OnlinePolicy, OnlineResult
-from .traces import Record, Trace
+from .traces import Record, RecordedTrace
 
 RECORDED, SIMULATED = "recorded", "simulated"
 _ONLINE = {f"deepconf-{name}": params for name, params in PRESETS.items()}
@@ -288,7 +288,7 @@ class _Run:
             f"up to its budget of {self.policy.params.budget}"
         )
 
-    def _unknown(self, trace: Trace) -> ValueError:
+    def _unknown(self, trace: RecordedTrace) -> ValueError:
         return ValueError(
             f"{self.record.folder}: the recorded run stopped trace {trace.number} after "
             f"{len(trace)} tokens ({trace.reason}), this policy would have gone on"
