@@ -13,6 +13,7 @@ import torch
 
 from .checks import is_integer, refuse
 from .config import FalconH1Config
+from .tables import aligned
 
 
 def parameter_counts(config: FalconH1Config) -> dict[str, int]:
@@ -183,9 +184,7 @@ def render(name: str, values: dict[str, Any]) -> str:
             f"{row['flops_per_byte']:.1f}",
         ]
         rows.append(cells + ([f"{row['steps_per_second']:,.2f}"] if bounded else []))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, *aligned(rows, "r")])
 
 
 def in_units(count: float) -> str:

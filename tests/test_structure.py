@@ -19,7 +19,7 @@ PACKAGE = ROOT / "falcon_h1r"
 
 # A room may import rooms above it. A name may be a file or a folder of falcon_h1r/.
 ROOMS = [
-    ["checks", "files", "inductor", "precision", "presets"],
+    ["checks", "files", "inductor", "precision", "presets", "tables"],
     ["norm", "rope"],
     ["attention", "conv", "ssd", "mlp"],
     ["mamba2"],

@@ -41,6 +41,7 @@ from falcon_h1r.checkpoint import save  # noqa: E402
 from falcon_h1r.files import whole_file, write_file  # noqa: E402
 from falcon_h1r.generation import SamplingParams, generate  # noqa: E402
 from falcon_h1r.model import FalconH1ForCausalLM  # noqa: E402
+from falcon_h1r.tables import aligned  # noqa: E402
 
 # Chance of each level at the start, and after CURRICULUM of the time; in between they are mixed.
 FIRST_CHANCES = dict.fromkeys(LEVELS, 0.0) | {
@@ -240,9 +241,10 @@ def evaluate(model: nn.Module, counts: dict[str, int]) -> dict[str, tuple[int, i
 
 
 def print_scores(scores: dict[str, tuple[int, int]]) -> None:
-    print(f"{'level':10}{'right':>8}{'asked':>8}{'share':>9}")
+    rows = [("level", "right", "asked", "share")]
     for level, (right, asked) in scores.items():
-        print(f"{level:10}{right:8}{asked:8}{right / asked:9.1%}")
+        rows.append((level, str(right), str(asked), f"{right / asked:.1%}"))
+    print("\n".join(aligned(rows, "lr")))
 
 
 def write_facts(args: argparse.Namespace, parameters: int, done: dict, scores: dict) -> None:
