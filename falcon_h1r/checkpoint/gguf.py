@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import as_dtype
 from ..files import whole_file
 from .errors import CheckpointError
 from .fold import fold_factors
@@ -67,12 +68,12 @@ class GGUFTensor(NamedTuple):
 def save_gguf(
     model: FalconH1ForCausalLM,
     path: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     tokenizer_from: str | Path | None = None,
 ) -> None:
     """Write `model` to the GGUF file `path`, for llama.cpp.
 
-    dtype: torch.float32 or torch.bfloat16, of the matrices; vectors, norms and the convolution are
+    dtype: float32 or bfloat16, or its name, of the matrices; vectors, norms and the convolution are
         float32 in both.
     tokenizer_from: a local folder or hub repository id with the tokenizer of a released Falcon-H1
         model. None writes no vocabulary: llama.cpp then evaluates token ids but reads no text.
@@ -98,8 +99,9 @@ def save_gguf(
         raise CheckpointError(
             "GGUF files are written by the gguf package: pip install 'falcon-h1r[gguf]'"
         ) from error
+    dtype = as_dtype(dtype, error=CheckpointError)
     if dtype not in (torch.float32, torch.bfloat16):
-        raise CheckpointError(f"GGUF: dtype is {dtype}, expected torch.float32 or torch.bfloat16")
+        raise CheckpointError(f"GGUF: dtype is {dtype}, expected float32 or bfloat16")
     _refuse_unsupported(model)
     target = Path(os.path.realpath(os.path.expanduser(path)))
     try:
