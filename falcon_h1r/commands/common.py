@@ -155,7 +155,7 @@ def prepare(args: argparse.Namespace, **options) -> Request:
 
 
 def locate(model: str, revision: str | None = None) -> str | Path:
-    """The folder of a checkpoint, see `checkpoint.resolve`; a hub repository stays its id."""
+    """The folder of the embedded checkpoint for its name; any other name as it is."""
     from ..checkpoint import resolve
 
     return resolve(model, revision) if model == DEFAULT_MODEL else model
