@@ -158,6 +158,7 @@ def write_random_checkpoint(preset: str, folder: Path, shards: int) -> None:
 
     from falcon_h1r import FalconH1Config, FalconH1ForCausalLM
     from falcon_h1r.checkpoint.saver import Spec, config_content, write_weights
+    from falcon_h1r.files import whole_folder
 
     config = FalconH1Config.preset(preset)
     model = FalconH1ForCausalLM(config, dtype=torch.bfloat16, device="meta")
@@ -175,17 +176,11 @@ def write_random_checkpoint(preset: str, folder: Path, shards: int) -> None:
         tensor = torch.empty(shapes[name].shape, dtype=shapes[name].dtype)
         return tensor.normal_(0, 0.02, generator=generator)
 
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        # One tensor above the mean lets the greedy plan stay within the number of shards asked for.
-        limit = total if shards == 1 else math.ceil(total / shards) + largest
-        write_weights(unfinished, specs, random_tensor, limit)
-        (unfinished / "config.json").write_text(json.dumps(config_content(config, specs)))
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    # One tensor above the mean lets the greedy plan stay within the number of shards asked for.
+    limit = total if shards == 1 else math.ceil(total / shards) + largest
+    with whole_folder(folder) as new:
+        write_weights(new, specs, random_tensor, limit)
+        (new / "config.json").write_text(json.dumps(config_content(config, specs)))
 
 
 def run_worker(name: str, folder: Path, cache: str) -> dict:
@@ -209,8 +204,8 @@ def work(name: str, folder: Path, cache: str) -> dict:
         for file in files:
             read_file(file)
     before = memory()["VmRSS"]
-    sampler = Sampler()
-    sampler.start()
+    watch = MemoryWatch()
+    watch.start()
     start = time.perf_counter()
     model = call()
     seconds = time.perf_counter() - start
@@ -220,7 +215,7 @@ def work(name: str, folder: Path, cache: str) -> dict:
         for parameter in model.parameters():
             touch(parameter)
     touched = time.perf_counter() - start
-    peaks = sampler.stop()
+    peaks = watch.stop()
     return {
         "seconds": seconds,
         "touched_seconds": touched,
@@ -255,9 +250,9 @@ def read_files(folder: Path):
 def ours(folder: Path):
     import torch
 
-    from falcon_h1r.checkpoint import load
+    from falcon_h1r import FalconH1ForCausalLM
 
-    return lambda: load(folder, dtype=torch.bfloat16)
+    return lambda: FalconH1ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
 def theirs(folder: Path):
@@ -317,7 +312,7 @@ def memory() -> dict[str, int]:
     return out
 
 
-class Sampler(threading.Thread):
+class MemoryWatch(threading.Thread):
     """The highest value of each memory figure, looked at every 20 ms."""
 
     def __init__(self):

@@ -162,11 +162,10 @@ def reader(way: str, args: argparse.Namespace, tokens: int):
     import torch
 
     from falcon_h1r import FalconH1Config, FalconH1ForCausalLM
-    from falcon_h1r.checkpoint import read_config
 
     embedded = ROOT / "falcon_h1r" / "assets" / args.preset
     if embedded.is_dir():
-        config = read_config(embedded)
+        config = FalconH1Config.from_pretrained(embedded)
     else:
         config = FalconH1Config.preset(args.preset)
     config = replace(config, max_position_embeddings=max(config.max_position_embeddings, tokens))

@@ -89,11 +89,10 @@ def ours() -> dict:
 
     clock.mark("import torch")
     sys.path.insert(0, str(ROOT))
-    from falcon_h1r import SamplingParams, generate
-    from falcon_h1r.checkpoint import load
+    from falcon_h1r import FalconH1ForCausalLM, SamplingParams, generate
 
     clock.mark("import the package")
-    model = load(MODEL, dtype=torch.float32)
+    model = FalconH1ForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     clock.mark("load")
     out = generate(model, [IDS], SamplingParams(max_new_tokens=1, stop_token_ids=()))
     clock.mark("first token")

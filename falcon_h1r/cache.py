@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .cache_file import read_tensors, write_tensors
+from .checks import check_integer
 from .precision import compute_dtype
 from .rope import rotary_table
 
@@ -41,8 +42,7 @@ class Cache:
     def alloc(cls, config, batch_size: int, max_length: int, dtype, device) -> Cache:
         """Zeros for `batch_size` rows of up to `max_length` tokens each."""
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a positive integer")
+            check_integer(name, value, 1)
         layout = _layout(config, batch_size, max_length, dtype)
         tensors = (torch.zeros(shape, dtype=kind, device=device) for shape, kind in layout.values())
         return cls(*tensors, torch.zeros(batch_size, dtype=torch.int64, device="cpu"))
@@ -98,8 +98,7 @@ class Cache:
 
     def expand(self, n: int) -> Cache:
         """A new cache with every row n times: row i becomes rows i*n to i*n + n - 1."""
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n is {n!r}, expected a positive integer")
+        check_integer("n", n, 1)
         return self.select(torch.arange(self.batch_size).repeat_interleave(n))
 
     def select(self, rows) -> Cache:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .files import whole_file
+
 FORMAT = "falcon_h1r.cache"
 
 
@@ -18,12 +20,8 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], model) -> None:
 
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "fingerprint": fingerprint(model), "content": _sha256(tensors)}
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as new:
+        save_file(tensors, new, metadata=metadata)
 
 
 def read_tensors(path: str | Path, names: tuple[str, ...], model) -> dict[str, Tensor]:

@@ -208,14 +208,18 @@ class FalconH1Config:
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id: str | Path, revision: str | None = None):
-        """Read `config.json` of a local folder or hub repository.
+        """Read `config.json` of a local folder, a hub repository or the embedded "h1r-pico".
 
         Raises `CheckpointError` when the folder, repository or file cannot be had, `ConfigError`
         when its content does not describe a supported model.
         """
-        from .checkpoint import read_config
+        from .checkpoint import config_values
 
-        return read_config(path_or_repo_id, revision=revision)
+        path, values = config_values(path_or_repo_id, revision)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def _decode_special_float(value: Any) -> Any:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from .checks import is_integer, refuse
 from .config import FalconH1Config
+from .tables import aligned
 
 
 def parameter_counts(config: FalconH1Config) -> dict[str, int]:
@@ -110,8 +112,8 @@ def sheet(
     second that it allows.
     """
     for name, values in (("contexts", contexts), ("traces", traces)):
-        if not values or min(values) < 1:
-            raise ValueError(f"{name} is {list(values)}, expected positive integers")
+        if not values or not all(is_integer(value, 1) for value in values):
+            refuse(name, list(values), "integers >= 1")
     weights, states = weight_bytes(config, dtype), state_bytes(config, dtype)
     rows = []
     for context in contexts:
@@ -182,9 +184,7 @@ def render(name: str, values: dict[str, Any]) -> str:
             f"{row['flops_per_byte']:.1f}",
         ]
         rows.append(cells + ([f"{row['steps_per_second']:,.2f}"] if bounded else []))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, *aligned(rows, "r")])
 
 
 def in_units(count: float) -> str:

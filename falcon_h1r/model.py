@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .block import HybridBlock
 from .cache import Cache, Span
+from .checks import as_dtype, check_integer
 from .config import FalconH1Config
 from .mamba2 import Mamba2Mixer
 from .norm import RMSNorm
@@ -33,20 +35,22 @@ class FalconH1ForCausalLM(nn.Module):
     builds without memory. Load weights with `from_pretrained`.
     """
 
+    config_class = FalconH1Config
+
     def __init__(self, config: FalconH1Config, ops: Ops | None = None, dtype=None, device=None):
         super().__init__()
         device = torch.get_default_device() if device is None else torch.device(device)
-        dtype = torch.float32 if dtype is None else dtype
+        dtype = torch.float32 if dtype is None else as_dtype(dtype)
         self._follows_device = False
         self.config, self.ops = config, default_table(device, dtype) if ops is None else ops
         self.source: Path | None = None  # the folder the weights came from
         self.eos_token_ids = config.eos_token_ids  # loading adds those of generation_config.json
         with torch.device("meta"):
             # nn.Embedding(v, d) draws its values even here, for which torch imports sympy: 1 s.
-            table = torch.empty(config.vocab_size, config.hidden_size)
+            embedding = torch.empty(config.vocab_size, config.hidden_size)
             self.model = nn.ModuleDict(
                 {
-                    "embed_tokens": nn.Embedding.from_pretrained(table, freeze=False),
+                    "embed_tokens": nn.Embedding.from_pretrained(embedding, freeze=False),
                     "layers": nn.ModuleList(
                         HybridBlock(config, self.ops) for _ in range(config.num_hidden_layers)
                     ),
@@ -198,10 +202,7 @@ class FalconH1ForCausalLM(nn.Module):
             raise ValueError("seq_idx: packed documents take neither a cache nor an attention_mask")
         if cache is not None:
             cache.check(self.config, len(tokens), self.dtype, self.device)
-        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ValueError(
-                f"logits_to_keep is {logits_to_keep!r}, expected 0 or a positive integer"
-            )
+        check_integer("logits_to_keep", logits_to_keep, 0)
 
     def under(self, ops: Ops | str) -> FalconH1ForCausalLM:
         """A twin under another table, or the table of a name; parameters and buffers are shared."""
@@ -238,15 +239,24 @@ class FalconH1ForCausalLM(nn.Module):
     def from_pretrained(
         cls,
         path_or_repo_id: str | Path,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
         ops: Ops | None = None,
         revision: str | None = None,
+        *,
+        check: bool = False,
+        progress: Callable[[int, int, str], None] | None = None,
     ) -> FalconH1ForCausalLM:
-        """Load a local folder or hub repository of safetensors; strict, see `checkpoint.load`."""
+        """Load a local folder, a hub repository or the embedded "h1r-pico", in eval mode.
+
+        dtype: of the weights, or its name; None: as they are stored. check: refuse NaN and
+        infinities. progress: called after each tensor with (bytes read, bytes in all, tensor name).
+        Strict: every tensor of the model must be there, and no other. What is accepted and raised
+        in detail: `checkpoint.load`.
+        """
         from .checkpoint import load
 
-        return load(path_or_repo_id, dtype=dtype, device=device, ops=ops, revision=revision)
+        return load(cls, path_or_repo_id, dtype, device, ops, revision, check, progress)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the released layout, which transformers loads too; see `checkpoint.save`."""

@@ -13,7 +13,7 @@ import math
 from typing import Any, NamedTuple
 
 
-class Source(NamedTuple):
+class Provenance(NamedTuple):
     """A group of config values with one provenance."""
 
     grade: str  # "printed" or "derived"
@@ -48,7 +48,7 @@ _CARD = "Falcon-H1R paper (arXiv 2601.02346) table 8 and the model card"
 _PLAN = "published copies of the family's config.json values"
 _TINY = "published copies of Falcon-H1-Tiny-90M config.json values"
 
-_COMMON = Source(
+_COMMON = Provenance(
     "printed",
     _PLAN,
     {
@@ -66,7 +66,7 @@ _COMMON = Source(
         "initializer_range": 0.02,
     },
 )
-_TOKENS = Source(
+_TOKENS = Provenance(
     "printed",
     "config.json and generation_config.json of sibling models",
     {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": (11, 228)},
@@ -88,9 +88,9 @@ def _geometry(
     chunk: int = 128,
     norm: bool = True,
     positions: int,
-) -> Source:
+) -> Provenance:
     """heads: query heads, key/value heads, head_dim. ssm: width, heads, head size."""
-    return Source(
+    return Provenance(
         grade,
         where,
         {
@@ -113,7 +113,7 @@ def _geometry(
     )
 
 
-_MULTIPLIERS_7B = Source(
+_MULTIPLIERS_7B = Provenance(
     "printed",
     "config.json copies, six digits printed; the remaining digits are derived",
     {
@@ -145,7 +145,7 @@ _SHAPE_7B = {
     "positions": 262144,
 }
 
-PRESETS: dict[str, tuple[Source, ...]] = {
+PRESETS: dict[str, tuple[Provenance, ...]] = {
     "falcon-h1r-7b": (
         _COMMON,
         _TOKENS,
@@ -168,7 +168,7 @@ PRESETS: dict[str, tuple[Source, ...]] = {
             norm=False,
             positions=16384,
         ),
-        Source(
+        Provenance(
             "printed",
             "published copies of the 0.5B config.json",
             {
@@ -205,7 +205,7 @@ PRESETS: dict[str, tuple[Source, ...]] = {
             state=256,
             positions=131072,
         ),
-        Source(
+        Provenance(
             "derived",
             "closed_form_multipliers",
             closed_form_multipliers(2048, 4608, 128, 3072, 256),
@@ -226,7 +226,7 @@ PRESETS: dict[str, tuple[Source, ...]] = {
             state=256,
             positions=131072,
         ),
-        Source(
+        Provenance(
             "derived",
             "closed_form_multipliers",
             closed_form_multipliers(1280, 3072, 128, 1536, 256),
@@ -247,7 +247,7 @@ PRESETS: dict[str, tuple[Source, ...]] = {
             state=256,
             positions=131072,
         ),
-        Source(
+        Provenance(
             "derived",
             "closed_form_multipliers; about three digits of each are printed",
             closed_form_multipliers(2560, 6144, 128, 4096, 256),
@@ -275,7 +275,7 @@ PRESETS: dict[str, tuple[Source, ...]] = {
             groups=2,
             positions=262144,
         ),
-        Source(
+        Provenance(
             "printed",
             "published excerpts of configs made from the 34B",
             {
@@ -313,7 +313,7 @@ PRESETS: dict[str, tuple[Source, ...]] = {
             norm=False,
             positions=262144,
         ),
-        Source(
+        Provenance(
             "printed",
             _TINY + " (embedding_multiplier of the Instruct model)",
             {

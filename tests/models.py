@@ -1,11 +1,13 @@
 """Tiny adversarial configurations and random models for them; shared by all tests."""
 
 import dataclasses
+import functools
 import math
 
 import textbook
 import torch
 
+from falcon_h1r import checkpoint
 from falcon_h1r.config import FalconH1Config
 from falcon_h1r.model import FalconH1ForCausalLM
 
@@ -69,6 +71,9 @@ VARIANTS = {
     "d_ssm_null_auto_head": {"mamba_d_ssm": None, "mamba_expand": 2, "mamba_d_head": "auto"},
     "multi_query_odd_chunk": {"num_key_value_heads": 1, "mamba_chunk_size": 7, "rope_theta": 1e11},
 }
+
+load = FalconH1ForCausalLM.from_pretrained
+stream_modules = functools.partial(checkpoint.stream_modules, FalconH1ForCausalLM)
 
 
 def make_config(variant: str = "two_groups", **changes) -> FalconH1Config:

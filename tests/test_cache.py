@@ -129,7 +129,7 @@ def test_select_refuses_what_is_no_row(rows):
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, "2"])
 def test_expand_refuses_what_is_no_count(n):
-    with pytest.raises(ValueError, match=r"n is .*positive integer"):
+    with pytest.raises(ValueError, match=r"n is .*expected an integer >= 1"):
         ragged_cache(make()).expand(n)
 
 

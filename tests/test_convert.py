@@ -7,7 +7,7 @@ import torch
 from models import make_config, make_model, random_ids, relative_error
 from tiny_cli import run, tiny_model, write_checkpoint
 
-from falcon_h1r import checkpoint as checkpoints
+from falcon_h1r import FalconH1ForCausalLM
 from falcon_h1r.bench import llama_peer
 from falcon_h1r.checkpoint import fold_multipliers, gguf
 
@@ -15,7 +15,7 @@ gguf_package = pytest.importorskip("gguf")
 
 
 def load(folder, dtype=torch.float32):
-    return checkpoints.load(folder, dtype=dtype)
+    return FalconH1ForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 @pytest.fixture

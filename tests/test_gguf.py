@@ -194,7 +194,7 @@ def test_the_file_alone_gives_the_models_logits(tmp_path, name):
 
 def test_metadata(tmp_path):
     config = make_config("h1r_like", rms_norm_eps=2e-5)
-    for dtype, file_type in ((torch.float32, 0), (torch.bfloat16, 32)):
+    for dtype, file_type in ((torch.float32, 0), ("bfloat16", 32)):
         writer.save_gguf(make_model(config), tmp_path / "m.gguf", dtype=dtype)
         found = metadata_of(tmp_path / "m.gguf")
         expected = {

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from models import load
 from tokenizers import Tokenizer
 
-from falcon_h1r.checkpoint import load
 from falcon_h1r.generation import SamplingParams, generate
 from tools import pico_task, pico_tokenizer
 from tools.pico_task import LEVELS, Problem, grade, make_problem

@@ -38,8 +38,10 @@ from pico_task import LEVELS, grade, held_out_problems, make_split_problem  # no
 from pico_tokenizer import PAD, build_tokenizer, chat_prompt, write_text_files  # noqa: E402
 
 from falcon_h1r.checkpoint import save  # noqa: E402
+from falcon_h1r.files import whole_file, write_file  # noqa: E402
 from falcon_h1r.generation import SamplingParams, generate  # noqa: E402
 from falcon_h1r.model import FalconH1ForCausalLM  # noqa: E402
+from falcon_h1r.tables import aligned  # noqa: E402
 
 # Chance of each level at the start, and after CURRICULUM of the time; in between they are mixed.
 FIRST_CHANCES = dict.fromkeys(LEVELS, 0.0) | {
@@ -146,9 +148,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list) -
 
 def save_progress(path: Path, state: dict) -> None:
     """Write a training state so that an interruption leaves the old file or the new one, whole."""
-    temporary = path.with_suffix(path.suffix + ".part")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as new:
+        torch.save(state, new)
 
 
 def train(model: nn.Module, args: argparse.Namespace) -> dict:
@@ -240,9 +241,10 @@ def evaluate(model: nn.Module, counts: dict[str, int]) -> dict[str, tuple[int, i
 
 
 def print_scores(scores: dict[str, tuple[int, int]]) -> None:
-    print(f"{'level':10}{'right':>8}{'asked':>8}{'share':>9}")
+    rows = [("level", "right", "asked", "share")]
     for level, (right, asked) in scores.items():
-        print(f"{level:10}{right:8}{asked:8}{right / asked:9.1%}")
+        rows.append((level, str(right), str(asked), f"{right / asked:.1%}"))
+    print("\n".join(aligned(rows, "lr")))
 
 
 def write_facts(args: argparse.Namespace, parameters: int, done: dict, scores: dict) -> None:
@@ -265,7 +267,7 @@ def write_facts(args: argparse.Namespace, parameters: int, done: dict, scores: d
         },
     }
     path = args.out.with_name(args.out.name + ".training.json")
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(facts, indent=2) + "\n")
 
 
 def _processor() -> str:

@@ -4,8 +4,8 @@ from .errors import CheckpointError
 from .fold import fold_multipliers
 from .gguf import save_gguf
 from .hub import resolve
-from .layout import TensorInfo, inspect
-from .loader import end_token_ids, load, read_config, read_generation_config
+from .layout import TensorInfo, config_values, inspect, stored_dtype
+from .loader import end_token_ids, load, read_generation_config
 from .saver import save
 from .stream import Streamed, stream_modules
 
@@ -13,14 +13,15 @@ __all__ = [
     "CheckpointError",
     "Streamed",
     "TensorInfo",
+    "config_values",
     "end_token_ids",
     "fold_multipliers",
     "inspect",
     "load",
-    "read_config",
     "read_generation_config",
     "resolve",
     "save",
     "save_gguf",
+    "stored_dtype",
     "stream_modules",
 ]

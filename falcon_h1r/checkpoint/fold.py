@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .loader import EMBEDDING, HEAD
+from .layout import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from ..config import FalconH1Config

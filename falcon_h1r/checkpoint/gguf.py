@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,10 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import as_dtype
+from ..files import whole_file
 from .errors import CheckpointError
 from .fold import fold_factors
 from .hub import resolve
-from .loader import EMBEDDING, HEAD
+from .layout import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from ..config import FalconH1Config
@@ -49,7 +50,7 @@ _KNOWN_TOKENIZERS = {
 }
 
 
-class Entry(NamedTuple):
+class GGUFTensor(NamedTuple):
     """A tensor of the file: `factor` times a tensor of the model, in another shape."""
 
     name: str  # in the file
@@ -67,12 +68,12 @@ class Entry(NamedTuple):
 def save_gguf(
     model: FalconH1ForCausalLM,
     path: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     tokenizer_from: str | Path | None = None,
 ) -> None:
     """Write `model` to the GGUF file `path`, for llama.cpp.
 
-    dtype: torch.float32 or torch.bfloat16, of the matrices; vectors, norms and the convolution are
+    dtype: float32 or bfloat16, or its name, of the matrices; vectors, norms and the convolution are
         float32 in both.
     tokenizer_from: a local folder or hub repository id with the tokenizer of a released Falcon-H1
         model. None writes no vocabulary: llama.cpp then evaluates token ids but reads no text.
@@ -98,48 +99,56 @@ def save_gguf(
         raise CheckpointError(
             "GGUF files are written by the gguf package: pip install 'falcon-h1r[gguf]'"
         ) from error
+    dtype = as_dtype(dtype, error=CheckpointError)
     if dtype not in (torch.float32, torch.bfloat16):
-        raise CheckpointError(f"GGUF: dtype is {dtype}, expected torch.float32 or torch.bfloat16")
+        raise CheckpointError(f"GGUF: dtype is {dtype}, expected float32 or bfloat16")
     _refuse_unsupported(model)
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    try:
+        _refuse_foreign(target)
+        with whole_file(target) as new:
+            _write(gguf.GGUFWriter(new, ARCHITECTURE), gguf, model, dtype, tokenizer_from)
+    except OSError as error:
+        raise CheckpointError(f"cannot save to {target}: {error}") from error
+
+
+def _write(writer: Any, gguf: Any, model: FalconH1ForCausalLM, dtype, tokenizer_from) -> None:
     tensors = model.state_dict()
     entries = list(folded_entries(model.config))
-    target = Path(os.path.realpath(os.path.expanduser(path)))
-    with _replacing(target) as temporary:
-        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-        with contextlib.closing(writer):
-            _add_metadata(writer, gguf, model.config, dtype)
-            if tokenizer_from is None:
-                writer.add_tokenizer_model("none")
-            else:
-                _add_vocabulary(writer, gguf, model.config, tokenizer_from)
-            for entry in entries:
-                stored = torch.float32 if entry.is_float32 else dtype
-                writer.add_tensor_info(
-                    entry.name,
-                    entry.shape,
-                    None,  # the numpy dtype, which raw_dtype makes superfluous
-                    torch.Size(entry.shape).numel() * stored.itemsize,
-                    raw_dtype=gguf.GGMLQuantizationType[_name(stored)],
-                )
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for entry in entries:
-                value = folded_value(entry, tensors)
-                if not (entry.is_float32 or dtype == torch.float32):
-                    value = value.to(dtype).view(torch.int16)  # numpy has no bfloat16
-                writer.write_tensor_data(value.numpy())
+    with contextlib.closing(writer):
+        _add_metadata(writer, gguf, model.config, dtype)
+        if tokenizer_from is None:
+            writer.add_tokenizer_model("none")
+        else:
+            _add_vocabulary(writer, gguf, model.config, tokenizer_from)
+        for entry in entries:
+            stored = torch.float32 if entry.is_float32 else dtype
+            writer.add_tensor_info(
+                entry.name,
+                entry.shape,
+                None,  # the numpy dtype, which raw_dtype makes superfluous
+                torch.Size(entry.shape).numel() * stored.itemsize,
+                raw_dtype=gguf.GGMLQuantizationType[_name(stored)],
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:
+            value = folded_value(entry, tensors)
+            if not (entry.is_float32 or dtype == torch.float32):
+                value = value.to(dtype).view(torch.int16)  # numpy has no bfloat16
+            writer.write_tensor_data(value.numpy())
 
 
-def folded_entries(config: FalconH1Config) -> Iterator[Entry]:
+def folded_entries(config: FalconH1Config) -> Iterator[GGUFTensor]:
     """The tensors of the file in their order."""
     c = config
     table, d = (c.vocab_size, c.hidden_size), c.hidden_size
     head = EMBEDDING if c.tie_word_embeddings else HEAD
     factors = fold_factors(c)
-    yield Entry("token_embd.weight", EMBEDDING, table, factors[EMBEDDING])
-    yield Entry("output_norm.weight", "model.final_layernorm.weight", (d,))
-    yield Entry("output.weight", head, table, factors[HEAD])
+    yield GGUFTensor("token_embd.weight", EMBEDDING, table, factors[EMBEDDING])
+    yield GGUFTensor("output_norm.weight", "model.final_layernorm.weight", (d,))
+    yield GGUFTensor("output.weight", head, table, factors[HEAD])
     block = [*_attention_entries(c), *_mixer_entries(c), *_mlp_entries(c)]
     for index in range(c.num_hidden_layers):
         for entry in block:
@@ -149,42 +158,42 @@ def folded_entries(config: FalconH1Config) -> Iterator[Entry]:
             yield entry._replace(name=name, source=source, factor=factor)
 
 
-def _attention_entries(c: FalconH1Config) -> Iterator[Entry]:
+def _attention_entries(c: FalconH1Config) -> Iterator[GGUFTensor]:
     d, q = c.hidden_size, c.num_attention_heads * c.head_dim
     kv = c.num_key_value_heads * c.head_dim
-    yield Entry("attn_norm.weight", "input_layernorm.weight", (d,))
-    yield Entry("attn_q.weight", "self_attn.q_proj.weight", (q, d))
-    yield Entry("attn_k.weight", "self_attn.k_proj.weight", (kv, d))
-    yield Entry("attn_v.weight", "self_attn.v_proj.weight", (kv, d))
-    yield Entry("attn_output.weight", "self_attn.o_proj.weight", (d, q))
+    yield GGUFTensor("attn_norm.weight", "input_layernorm.weight", (d,))
+    yield GGUFTensor("attn_q.weight", "self_attn.q_proj.weight", (q, d))
+    yield GGUFTensor("attn_k.weight", "self_attn.k_proj.weight", (kv, d))
+    yield GGUFTensor("attn_v.weight", "self_attn.v_proj.weight", (kv, d))
+    yield GGUFTensor("attn_output.weight", "self_attn.o_proj.weight", (d, q))
 
 
-def _mixer_entries(c: FalconH1Config) -> Iterator[Entry]:
+def _mixer_entries(c: FalconH1Config) -> Iterator[GGUFTensor]:
     d, inner, heads = c.hidden_size, c.d_ssm, c.mamba_n_heads
-    yield Entry("ssm_in.weight", "mamba.in_proj.weight", (c.d_in_proj, d))
-    yield Entry("ssm_conv1d.weight", "mamba.conv1d.weight", (c.conv_dim, c.mamba_d_conv))
+    yield GGUFTensor("ssm_in.weight", "mamba.in_proj.weight", (c.d_in_proj, d))
+    yield GGUFTensor("ssm_conv1d.weight", "mamba.conv1d.weight", (c.conv_dim, c.mamba_d_conv))
     bias = "mamba.conv1d.bias" if c.mamba_conv_bias else None
-    yield Entry("ssm_conv1d.bias", bias, (c.conv_dim,))
-    yield Entry("ssm_dt.bias", "mamba.dt_bias", (heads,))
-    yield Entry("ssm_a", "mamba.A_log", (heads, 1))  # stored as A = -exp(A_log)
-    yield Entry("ssm_d", "mamba.D", (heads, 1))
+    yield GGUFTensor("ssm_conv1d.bias", bias, (c.conv_dim,))
+    yield GGUFTensor("ssm_dt.bias", "mamba.dt_bias", (heads,))
+    yield GGUFTensor("ssm_a", "mamba.A_log", (heads, 1))  # stored as A = -exp(A_log)
+    yield GGUFTensor("ssm_d", "mamba.D", (heads, 1))
     if c.mamba_rms_norm:
         groups = (c.mamba_n_groups, inner // c.mamba_n_groups)
-        yield Entry("ssm_norm.weight", "mamba.norm.weight", groups)
-    yield Entry("ssm_out.weight", "mamba.out_proj.weight", (d, inner))
+        yield GGUFTensor("ssm_norm.weight", "mamba.norm.weight", groups)
+    yield GGUFTensor("ssm_out.weight", "mamba.out_proj.weight", (d, inner))
 
 
-def _mlp_entries(c: FalconH1Config) -> Iterator[Entry]:
+def _mlp_entries(c: FalconH1Config) -> Iterator[GGUFTensor]:
     d, i = c.hidden_size, c.intermediate_size
-    yield Entry("ffn_norm", "pre_ff_layernorm.weight", (d,))  # this one without ".weight"
+    yield GGUFTensor("ffn_norm", "pre_ff_layernorm.weight", (d,))  # this one without ".weight"
     for name, shape in (("gate", (i, d)), ("up", (i, d)), ("down", (d, i))):
         source = f"feed_forward.{name}_proj"
-        yield Entry(f"ffn_{name}.weight", f"{source}.weight", shape)
+        yield GGUFTensor(f"ffn_{name}.weight", f"{source}.weight", shape)
         if c.mlp_bias:
-            yield Entry(f"ffn_{name}.bias", f"{source}.bias", shape[:1])
+            yield GGUFTensor(f"ffn_{name}.bias", f"{source}.bias", shape[:1])
 
 
-def folded_value(entry: Entry, tensors: dict[str, Tensor]) -> Tensor:
+def folded_value(entry: GGUFTensor, tensors: dict[str, Tensor]) -> Tensor:
     """The values of `entry` from a model's state_dict, float32 on the CPU."""
     if entry.source is None:
         return torch.zeros(entry.shape)
@@ -292,21 +301,12 @@ def _name(dtype: torch.dtype) -> str:
     return "F32" if dtype == torch.float32 else "BF16"
 
 
-@contextlib.contextmanager
-def _replacing(target: Path):
-    """The path of a new file beside `target` that takes its place if the block succeeds."""
-    temporary = target.with_name(f".{target.name}.saving-{secrets.token_hex(4)}")
-    try:
-        if os.path.lexists(target):
-            with open(target, "rb") as file:
-                if file.read(len(MAGIC)) != MAGIC:
-                    raise CheckpointError(f"{target} is not replaced: it is no GGUF file")
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise CheckpointError(f"cannot save to {target}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+def _refuse_foreign(path: Path) -> None:
+    """Only a GGUF file may be replaced."""
+    if not os.path.lexists(path):
+        return
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return
+    raise CheckpointError(f"{path} is not replaced: it is no GGUF file")

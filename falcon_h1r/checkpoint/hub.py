@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .errors import CheckpointError
 
+EMBEDDED = "h1r-pico"  # the checkpoint that the package holds
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
@@ -30,8 +31,9 @@ def resolve(
 ) -> Path:
     """Folder that holds the checkpoint.
 
-    path_or_repo_id: a local folder, or a hub repository id "owner/name"; an existing folder wins.
-    revision: branch, tag or commit of a hub repository; refused for a local folder.
+    path_or_repo_id: a local folder, a hub repository id "owner/name", or "h1r-pico", the embedded
+        checkpoint; an existing folder wins.
+    revision: branch, tag or commit of a hub repository; refused for all others.
     weights: False fetches only the configuration and tokenizer files of a hub repository.
 
     From the hub only JSON, Jinja, tokenizer and `model*.safetensors` files of the repository's top
@@ -43,7 +45,8 @@ def resolve(
     """
     if not isinstance(path_or_repo_id, (str, os.PathLike)):
         raise CheckpointError(
-            f"checkpoint is {path_or_repo_id!r}, expected a folder or a hub repository owner/name"
+            f"checkpoint is {path_or_repo_id!r}, expected a folder, a hub repository owner/name or "
+            f"{EMBEDDED!r}"
         )
     text = os.fspath(path_or_repo_id)
     path = Path(os.path.expanduser(text))
@@ -57,11 +60,23 @@ def resolve(
         return path
     if text and os.path.exists(path):
         raise CheckpointError(f"{path} is a file, expected the folder that holds {CONFIG}")
+    if path_or_repo_id == EMBEDDED:
+        return _embedded(revision)
     if isinstance(path_or_repo_id, os.PathLike) or not _REPO_ID.fullmatch(text):
         raise CheckpointError(
-            f"no such folder: {text!r} (and a hub repository id is written owner/name)"
+            f"no such folder: {text!r} (a hub repository id is written owner/name, and the "
+            f"embedded checkpoint {EMBEDDED})"
         )
     return _download(text, revision, weights)
+
+
+def _embedded(revision: str | None) -> Path:
+    if revision is not None:
+        raise CheckpointError(f"revision={revision!r}: the embedded {EMBEDDED} has none")
+    folder = Path(__file__).parents[1] / "assets" / EMBEDDED
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing: this installation lacks its checkpoint")
+    return folder
 
 
 def _download(repo_id: str, revision: str | None, weights: bool) -> Path:

@@ -8,17 +8,23 @@ because the loader reads the bytes itself (see `loader.py`). Nothing in this fil
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from .errors import CheckpointError
-from .hub import resolve
+from .hub import CONFIG, resolve
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# At least float32 in every model, whatever its dtype: they enter exponentials.
+FLOAT32_PARAMETERS = ("mamba.A_log", "mamba.D", "mamba.dt_bias")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,8 +42,8 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SHOWN = 8  # names listed in a message before the rest is counted
 
 
-class Entry(NamedTuple):
-    """One stored tensor."""
+class StoredTensor(NamedTuple):
+    """A tensor of a file, and where its bytes are."""
 
     name: str
     shape: tuple[int, ...]
@@ -66,7 +72,37 @@ def inspect(path_or_repo_id: str | Path, revision: str | None = None) -> list[Te
     return [TensorInfo(e.name, e.shape, e.dtype, e.file.name, e.nbytes) for e in entries]
 
 
-def read_layout(folder: Path) -> list[Entry]:
+def stored_dtype(path_or_repo_id: str | Path, revision: str | None = None) -> torch.dtype:
+    """The dtype in which a checkpoint's weights are stored, from the headers alone.
+
+    Rule of `common_dtype`. Raises `CheckpointError` as `inspect`, and where no tensor is stored.
+    """
+    tensors = inspect(path_or_repo_id, revision)
+    if not tensors:
+        raise CheckpointError(f"{path_or_repo_id}: the files hold no tensors, so no dtype either")
+    return common_dtype((tensor.name, tensor.dtype) for tensor in tensors)
+
+
+def common_dtype(tensors: Iterable[tuple[str, torch.dtype]]) -> torch.dtype:
+    """The one dtype of tensors given as (name, dtype); of several, the one that holds all exactly.
+
+    So bfloat16 beside float32, or beside float16, gives float32. A_log, D and dt_bias do not count
+    beside others, for a model holds them in float32 at least.
+    """
+    found = list(tensors)
+    counted = [dtype for name, dtype in found if not name.endswith(FLOAT32_PARAMETERS)]
+    return functools.reduce(torch.promote_types, counted or [dtype for _, dtype in found])
+
+
+def config_values(
+    path_or_repo_id: str | Path, revision: str | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """The place and content of a checkpoint's config.json; no weights are fetched."""
+    path = resolve(path_or_repo_id, revision, weights=False) / CONFIG
+    return path, read_json_object(path)
+
+
+def read_layout(folder: Path) -> list[StoredTensor]:
     """Every stored tensor of a single-file or sharded checkpoint, shard by shard in stored order.
 
     Raises `CheckpointError` for a folder without safetensors, an index that disagrees with its
@@ -91,7 +127,7 @@ def read_layout(folder: Path) -> list[Entry]:
     raise CheckpointError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
 
 
-def _read_shards(folder: Path, index: Path) -> list[Entry]:
+def _read_shards(folder: Path, index: Path) -> list[StoredTensor]:
     content = read_json_object(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -128,7 +164,7 @@ def _read_shards(folder: Path, index: Path) -> list[Entry]:
     return entries
 
 
-def read_header(path: Path) -> list[Entry]:
+def read_header(path: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file, in the order of their bytes.
 
     Raises `CheckpointError` unless the header is well-formed and its tensors fill the rest of the
@@ -177,7 +213,7 @@ def read_header(path: Path) -> list[Entry]:
     return entries
 
 
-def _entry(path: Path, start: int, name: str, value: Any) -> Entry:
+def _entry(path: Path, start: int, name: str, value: Any) -> StoredTensor:
     where = f"{path}: tensor {shown(name)}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected exactly dtype, shape and data_offsets")
@@ -197,7 +233,7 @@ def _entry(path: Path, start: int, name: str, value: Any) -> Entry:
             f"{where}: {dtype} of shape {shown(shape)} takes {nbytes} bytes, but data_offsets "
             f"{offsets} hold {offsets[1] - offsets[0]}"
         )
-    return Entry(name, tuple(shape), DTYPES[dtype], path, start + offsets[0], nbytes)
+    return StoredTensor(name, tuple(shape), DTYPES[dtype], path, start + offsets[0], nbytes)
 
 
 def _are_counts(value: Any) -> bool:

@@ -22,16 +22,24 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, FalconH1Config
-from ..ops import Ops
+from ..checks import as_dtype
 from .errors import CheckpointError
 from .hub import CONFIG, GENERATION_CONFIG, resolve
-from .layout import DTYPES, Entry, listed, read_json_object, read_layout, shown
+from .layout import (
+    EMBEDDING,
+    HEAD,
+    StoredTensor,
+    common_dtype,
+    listed,
+    read_json_object,
+    read_layout,
+    shown,
+)
 
 if TYPE_CHECKING:
+    from ..config import FalconH1Config
     from ..model import FalconH1ForCausalLM
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+    from ..ops import Ops
 
 _PIECE = 1 << 24  # bytes converted or checked at once
 _HUGE_PAGE = 1 << 21
@@ -39,18 +47,21 @@ _READERS = 4  # threads, which mostly wait for the disk or for fresh pages
 
 
 def load(
+    model_class: type[FalconH1ForCausalLM],
     path_or_repo_id: str | Path,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     ops: Ops | None = None,
     revision: str | None = None,
     check: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> FalconH1ForCausalLM:
-    """The model of a local folder or hub repository, in eval mode; `model.source` is its folder.
+    """A checkpoint's model, in eval mode; `model.source` is its folder.
 
-    dtype: of the weights (float64, float32, bfloat16 or float16), converted while reading; A_log, D
-        and dt_bias stay in float32 where dtype is narrower.
+    This is `model_class.from_pretrained`; path_or_repo_id and revision: see `resolve`.
+    dtype: of the weights, float32, bfloat16, float16 or float64 or such a name, converted while
+        reading; A_log, D and dt_bias stay in float32 where dtype is narrower. None: as they are
+        stored (`stored_dtype`, which says what is done where dtypes are mixed).
     ops: operator table, None for the default of the device (`ops.default_table`).
     check: also refuse NaN and infinities, stored or made by the conversion.
     progress: called after each tensor with (bytes read, bytes in all, tensor name).
@@ -63,29 +74,50 @@ def load(
     Raises `CheckpointError` for anything wrong with the files, dtype or device, `ConfigError` for
     the content of config.json.
     """
-    if dtype not in DTYPES.values():
-        raise CheckpointError(f"dtype is {dtype}, expected one of {_names(DTYPES.values())}")
-    device = _usable(device)
-    folder = resolve(path_or_repo_id, revision)
-    config = _config_of(folder)
-    entries = read_layout(folder)
-    model = _empty_model(folder, config, len(entries), ops, dtype)
-    wanted = model.state_dict()
-    if config.tie_word_embeddings:
-        entries = _without_tied_head(entries)
-    _match(folder, entries, wanted)
-
-    weights = _read_all(entries, wanted, device, check, progress)
+    model, entries, device = prepare(model_class, path_or_repo_id, dtype, device, ops, revision)
+    weights = read_all(entries, model.state_dict(), device, check, progress)
     model.load_state_dict(weights, strict=True, assign=True)
     model.to(device)  # moves nothing; a table that nobody chose becomes the device's
+    model.eos_token_ids = end_token_ids(model.config, read_generation_config(model.source))
+    return model
+
+
+def prepare(
+    model_class: type[FalconH1ForCausalLM],
+    path_or_repo_id: str | Path,
+    dtype: torch.dtype | str | None,
+    device: str | torch.device,
+    ops: Ops | None,
+    revision: str | None,
+) -> tuple[FalconH1ForCausalLM, list[StoredTensor], torch.device]:
+    """Check everything that can be checked before a weight is read.
+
+    Returns the model on the meta device, in eval mode, the stored tensors, which are exactly those
+    of the model, and the device they are to be loaded onto. Arguments and errors: those of `load`.
+    """
+    if dtype is not None:
+        dtype = as_dtype(dtype, error=CheckpointError)
+    device = _usable(device)
+    folder = resolve(path_or_repo_id, revision)
+    config = model_class.config_class.from_pretrained(folder)
+    entries = read_layout(folder)
+    if config.num_hidden_layers > len(entries):  # before layers are made that no file could fill
+        raise CheckpointError(
+            f"{folder / CONFIG}: num_hidden_layers is {config.num_hidden_layers}, "
+            f"but the files hold {len(entries)} tensors"
+        )
+    if dtype is None:
+        dtype = common_dtype((entry.name, entry.dtype) for entry in entries)
+    try:
+        model = model_class(config, ops=ops, dtype=dtype, device="meta").eval()
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch's, for sizes beyond 2**63
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{folder / CONFIG}: no model of these sizes: {reason}") from error
     model.source = folder.absolute()
-    model.eos_token_ids = end_token_ids(config, read_generation_config(folder))
-    return model.eval()
-
-
-def read_config(path_or_repo_id: str | Path, revision: str | None = None) -> FalconH1Config:
-    """The configuration of a local folder or hub repository; no weights are fetched."""
-    return _config_of(resolve(path_or_repo_id, revision, weights=False))
+    if config.tie_word_embeddings:
+        entries = _without_tied_head(entries)
+    _match(folder, entries, model.state_dict())
+    return model, entries, device
 
 
 def read_generation_config(folder: str | Path) -> dict[str, Any]:
@@ -95,32 +127,6 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / GENERATION_CONFIG
     return read_json_object(path) if os.path.lexists(path) else {}
-
-
-def _config_of(folder: Path) -> FalconH1Config:
-    path = folder / CONFIG
-    try:
-        return FalconH1Config.from_dict(read_json_object(path))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _empty_model(
-    folder: Path, config: FalconH1Config, n_tensors: int, ops: Ops, dtype: torch.dtype
-) -> FalconH1ForCausalLM:
-    """The model without memory; sizes that no file could fill are refused before they are built."""
-    from ..model import FalconH1ForCausalLM
-
-    if config.num_hidden_layers > n_tensors:
-        raise CheckpointError(
-            f"{folder / CONFIG}: num_hidden_layers is {config.num_hidden_layers}, "
-            f"but the files hold {n_tensors} tensors"
-        )
-    try:
-        return FalconH1ForCausalLM(config, ops=ops, dtype=dtype, device="meta")
-    except (RuntimeError, OverflowError, TypeError) as error:  # torch's, for sizes beyond 2**63
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{folder / CONFIG}: no model of these sizes: {reason}") from error
 
 
 def end_token_ids(config: FalconH1Config, generation: dict[str, Any]) -> tuple[int, ...]:
@@ -151,7 +157,7 @@ def _usable(device: str | torch.device) -> torch.device:
     return device
 
 
-def _without_tied_head(entries: list[Entry]) -> list[Entry]:
+def _without_tied_head(entries: list[StoredTensor]) -> list[StoredTensor]:
     """Drop a stored copy of the embedding under the head's name; refuse anything but a copy."""
     by_name = {entry.name: entry for entry in entries}
     head, embedding = by_name.get(HEAD), by_name.get(EMBEDDING)
@@ -169,7 +175,7 @@ def _without_tied_head(entries: list[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry is not head]
 
 
-def _match(folder: Path, entries: list[Entry], wanted: dict[str, Tensor]) -> None:
+def _match(folder: Path, entries: list[StoredTensor], wanted: dict[str, Tensor]) -> None:
     """Refuse missing, unexpected and misshapen tensors, all in one message."""
     found = {entry.name: entry for entry in entries}
     missing = [
@@ -201,13 +207,14 @@ def _match(folder: Path, entries: list[Entry], wanted: dict[str, Tensor]) -> Non
         )
 
 
-def _read_all(
-    entries: list[Entry],
+def read_all(
+    entries: list[StoredTensor],
     wanted: dict[str, Tensor],
     device: torch.device,
     check: bool,
     progress: Callable[[int, int, str], None] | None,
 ) -> dict[str, Tensor]:
+    """The values of `entries`, each in the dtype of the tensor of that name in `wanted`."""
     total, done = sum(entry.nbytes for entry in entries), 0
     weights: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_READERS) as pool:
@@ -228,7 +235,7 @@ def _read_all(
     return weights
 
 
-def _read(entry: Entry, dtype: torch.dtype, device: torch.device, check: bool) -> Tensor:
+def _read(entry: StoredTensor, dtype: torch.dtype, device: torch.device, check: bool) -> Tensor:
     out = _allocate(entry.shape, dtype, device)
     if device.type == "cpu" and dtype == entry.dtype:
         with _opened(entry) as file:
@@ -258,7 +265,7 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     return torch.frombuffer(area, dtype=dtype).view(shape)
 
 
-def _pieces(entry: Entry):
+def _pieces(entry: StoredTensor):
     """The stored values as 1-D tensors of at most `_PIECE` bytes, each valid until the next."""
     count, step = math.prod(entry.shape), _PIECE // entry.dtype.itemsize
     buffer = torch.empty(min(count, step), dtype=entry.dtype)
@@ -270,7 +277,7 @@ def _pieces(entry: Entry):
 
 
 @contextlib.contextmanager
-def _opened(entry: Entry):
+def _opened(entry: StoredTensor):
     try:
         # A file object per tensor: the kernel's read-ahead follows each reader's own position.
         with open(entry.file, "rb", buffering=0) as file:
@@ -282,7 +289,7 @@ def _opened(entry: Entry):
         ) from error
 
 
-def _read_into(file: BinaryIO, out: Tensor, entry: Entry) -> None:
+def _read_into(file: BinaryIO, out: Tensor, entry: StoredTensor) -> None:
     view = bytes_of(out)
     while view:
         count = file.readinto(view[: 1 << 30])  # some systems refuse reads of 2 GiB and more
@@ -300,7 +307,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def _refuse_non_finite(tensor: Tensor, entry: Entry) -> None:
+def _refuse_non_finite(tensor: Tensor, entry: StoredTensor) -> None:
     flat, step = tensor.view(-1), _PIECE // tensor.dtype.itemsize
     for start in range(0, flat.numel(), step):
         finite = torch.isfinite(flat[start : start + step])

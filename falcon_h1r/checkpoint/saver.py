@@ -1,17 +1,13 @@
 """From a model to a checkpoint folder that transformers, vLLM and llama.cpp's converter read.
 
-Nothing is ever written in place: the folder is built beside its destination and renamed. Tensors
-are written one at a time from where they are, so saving takes no memory beyond a copy of the
-largest tensor, and that only where the model is not on the CPU.
+Tensors are written one at a time from where they are, so saving takes no memory beyond a copy of
+the largest tensor, and that only where the model is not on the CPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,10 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_integer
+from ..files import whole_folder
 from .errors import CheckpointError
 from .hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, resolve
-from .layout import DTYPES, INDEX, SHARD_NAME, SINGLE, listed, read_json_object
-from .loader import EMBEDDING, bytes_of, read_generation_config
+from .layout import DTYPES, INDEX, SHARD_NAME, SINGLE, common_dtype, listed, read_json_object
+from .loader import bytes_of, read_generation_config
 
 if TYPE_CHECKING:
     from ..model import FalconH1ForCausalLM
@@ -68,10 +66,7 @@ def save(
     Raises `CheckpointError` when `path` holds anything else, cannot be written, or when a tensor
     cannot be stored.
     """
-    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
-        raise CheckpointError(
-            f"max_shard_bytes is {max_shard_bytes!r}, expected a positive integer"
-        )
+    check_integer("max_shard_bytes", max_shard_bytes, 1, error=CheckpointError)
     tensors = model.state_dict()
     specs = [Spec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     for name, tensor in tensors.items():
@@ -84,7 +79,7 @@ def save(
     target = Path(os.path.realpath(os.path.expanduser(path)))
     _refuse_foreign(target)
     try:
-        with _replacing(target) as folder:
+        with whole_folder(target) as folder:
             write_weights(folder, specs, tensors.__getitem__, max_shard_bytes)
             _write_json(folder / CONFIG, config_content(model.config, specs))
             _write_json(folder / GENERATION_CONFIG, _generation_config(model, origins))
@@ -120,7 +115,7 @@ def write_weights(
 
 def config_content(config: Any, specs: Iterable[Spec]) -> dict[str, Any]:
     """config.json: the configuration, and the dtype of the weights under both of its names."""
-    dtype = next(spec.dtype for spec in specs if spec.name == EMBEDDING)
+    dtype = common_dtype((spec.name, spec.dtype) for spec in specs)
     name = str(dtype).removeprefix("torch.")
     return config.to_dict() | {"dtype": name, "torch_dtype": name}
 
@@ -152,7 +147,7 @@ def _write_safetensors(path: Path, specs: list[Spec], tensor_of: Callable[[str],
         offset += spec.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with _synced(path) as file:
+    with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for spec in specs:
             tensor = tensor_of(spec.name).detach().cpu().contiguous()
@@ -161,18 +156,8 @@ def _write_safetensors(path: Path, specs: list[Spec], tensor_of: Callable[[str],
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with _synced(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode())
-        file.write(b"\n")
-
-
-@contextlib.contextmanager
-def _synced(path: Path):
-    """A new file, on the disk when the block ends: a rename must not outrun what it publishes."""
-    with open(path, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _origins(model: FalconH1ForCausalLM, tokenizer_from: str | Path | None) -> list[Path]:
@@ -195,8 +180,7 @@ def _copy_tokenizer(folder: Path, origins: list[Path]) -> None:
     for origin in origins:
         if files := _tokenizer_files(origin):
             for file in files:
-                with _synced(folder / file.name) as out:
-                    out.write(file.read_bytes())
+                (folder / file.name).write_bytes(file.read_bytes())
             return
 
 
@@ -230,43 +214,3 @@ def _refuse_foreign(target: Path) -> None:
         raise CheckpointError(
             f"{target} is not replaced: its {CONFIG} has model_type {kind!r}, expected 'falcon_h1'"
         )
-
-
-@contextlib.contextmanager
-def _replacing(target: Path):
-    """A new folder beside `target` that takes its place if the block succeeds, else vanishes."""
-    new_parents = [parent for parent in target.parents if not parent.exists()]
-    folder = target.with_name(f".{target.name}.saving-{secrets.token_hex(4)}")
-    replaced = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder
-        _sync_folder(folder)
-        occupied = target.exists()
-        if occupied:
-            os.rename(target, replaced)
-        try:
-            os.rename(folder, target)
-        except BaseException:
-            if occupied:
-                os.rename(replaced, target)
-            raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in new_parents:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-    _sync_folder(target.parent)
-    if occupied:
-        shutil.rmtree(replaced)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

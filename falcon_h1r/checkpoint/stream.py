@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import Ops, default_table
-from .errors import CheckpointError
-from .hub import resolve
-from .layout import DTYPES, read_layout
-from .loader import (
-    _config_of,
-    _empty_model,
-    _match,
-    _names,
-    _read_all,
-    _usable,
-    _without_tied_head,
-)
+from .loader import prepare, read_all
+
+if TYPE_CHECKING:
+    from ..model import FalconH1ForCausalLM
 
 
 class Streamed:
@@ -37,7 +30,7 @@ class Streamed:
         module = self.model.get_submodule(path)
         wanted = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
         entries = [self._entries[name] for name in wanted]
-        weights = _read_all(entries, wanted, self.device, False, None)
+        weights = read_all(entries, wanted, self.device, False, None)
         own = {name.removeprefix(f"{path}."): tensor for name, tensor in weights.items()}
         module.load_state_dict(own, strict=True, assign=True)
         try:
@@ -75,30 +68,22 @@ class Streamed:
 
 
 def stream_modules(
+    model_class: type[FalconH1ForCausalLM],
     path_or_repo_id: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     ops: Ops | None = None,
     revision: str | None = None,
 ) -> Streamed:
-    """A local folder or hub repository of which weights are read when a module is asked for.
+    """A checkpoint of which weights are read when a module is asked for.
 
-    Arguments, checks and errors as in `load`, but for dtype: None means that of the stored
-    embedding. Every header is checked here; no weight is read, but those of a stored copy of tied
-    embeddings.
+    Arguments, checks and errors as in `load`. Every header is checked here; no weight is read, but
+    those of a stored copy of tied embeddings.
     """
-    if dtype is not None and dtype not in DTYPES.values():
-        raise CheckpointError(f"dtype is {dtype}, expected one of {_names(DTYPES.values())}")
-    device = _usable(device)
-    folder = resolve(path_or_repo_id, revision)
-    config = _config_of(folder)
-    entries = read_layout(folder)
-    if dtype is None:
-        stored = {entry.name: entry.dtype for entry in entries}
-        dtype = stored.get("model.embed_tokens.weight", torch.float32)
-    ops = default_table(device, dtype) if ops is None else ops
-    model = _empty_model(folder, config, len(entries), ops, dtype).eval()
-    if config.tie_word_embeddings:
-        entries = _without_tied_head(entries)
-    _match(folder, entries, model.state_dict())
+    model, entries, device = prepare(model_class, path_or_repo_id, dtype, device, ops, revision)
+    if ops is None:  # the model stays on the meta device, whose table it has
+        ops = default_table(device, model.dtype)
+        for module in model.modules():
+            if hasattr(module, "ops"):
+                module.ops = ops
     return Streamed(model, entries, device)

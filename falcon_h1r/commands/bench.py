@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import DEFAULT_MODEL, DTYPES, counting, locate
+from .common import DEFAULT_MODEL, DTYPES, counting
 
 FAMILY = "family"
 PICTURES = (".png", ".svg", ".pdf")
@@ -194,14 +194,14 @@ def _layer(args, shapes, workloads, dtypes, device, clock, ceilings, budget, out
 
 def _generate(args, shapes, workloads, dtypes, device, clock, ceilings, budget, out) -> int:
     from ..bench import generation_bench
-    from ..checkpoint import load
+    from ..model import FalconH1ForCausalLM
 
     wrong = 0
     for name, config in shapes.items():
         for dtype in dtypes:
             if args.model is not None:
-                folder = locate(args.model, args.revision)
-                model = load(folder, dtype=dtype, device=device, revision=args.revision)
+                load = FalconH1ForCausalLM.from_pretrained
+                model = load(args.model, dtype, device, revision=args.revision)
             else:
                 model = generation_bench.random_model(config, dtype, device, args.seed)
             options = (args.seed, args.peers, args.only, args.skip)
@@ -268,13 +268,12 @@ def _workload(phase: str, text: str):
 def _shapes(args: argparse.Namespace, device) -> dict[str, Any]:
     """Configs by the name that results will bear."""
     from ..bench.registry import FAMILY as FIVE
-    from ..checkpoint import read_config
     from ..config import PRESETS, FalconH1Config
 
     if getattr(args, "model", None) is not None:
         if args.model_shape is not None:
             raise ValueError("--model-shape: not with --model, which has a shape of its own")
-        return {args.model: read_config(locate(args.model, args.revision), args.revision)}
+        return {args.model: FalconH1Config.from_pretrained(args.model, args.revision)}
     if getattr(args, "revision", None) is not None:
         raise ValueError("--revision: only with --model")
     on_cpu = args.bench == "generate" and device.type == "cpu"
@@ -285,7 +284,7 @@ def _shapes(args: argparse.Namespace, device) -> dict[str, Any]:
         if name in PRESETS:
             found[name] = FalconH1Config.preset(name)
         elif name == DEFAULT_MODEL or Path(name).exists():
-            found[name] = read_config(locate(name))
+            found[name] = FalconH1Config.from_pretrained(name)
         else:
             known = ", ".join((*PRESETS, DEFAULT_MODEL, FAMILY))
             raise ValueError(f"--model-shape: {name!r} is neither a folder nor one of: {known}")

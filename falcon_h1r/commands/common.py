@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
@@ -125,12 +124,13 @@ def prepare(args: argparse.Namespace, **options) -> Request:
     options: further `SamplingParams` fields. A sequence ends at any end token that config.json,
     generation_config.json or the tokenizer names: released checkpoints spread them over the three.
     """
-    from ..checkpoint import end_token_ids, read_config, read_generation_config, resolve
+    from ..checkpoint import end_token_ids, read_generation_config, resolve
+    from ..config import FalconH1Config
     from ..generation import SamplingParams
     from ..text import load_tokenizer
 
     folder = resolve(locate(args.model, args.revision), args.revision, weights=False)
-    config, stored = read_config(folder), read_generation_config(folder)
+    config, stored = FalconH1Config.from_pretrained(folder), read_generation_config(folder)
     tokenizer = load_tokenizer(folder)
     for name in _FROM_CHECKPOINT:
         value = getattr(args, name)
@@ -155,15 +155,10 @@ def prepare(args: argparse.Namespace, **options) -> Request:
 
 
 def locate(model: str, revision: str | None = None) -> str | Path:
-    """The embedded checkpoint's folder for its name, unless a local folder has that name."""
-    if model != DEFAULT_MODEL or Path(model).is_dir():
-        return model
-    if revision is not None:
-        raise ValueError(f"--revision: the embedded {DEFAULT_MODEL} has none")
-    folder = Path(str(files("falcon_h1r"))) / "assets" / DEFAULT_MODEL
-    if not folder.is_dir():
-        raise ValueError(f"the embedded checkpoint {folder} is missing; give --model")
-    return folder
+    """The folder of the embedded checkpoint for its name; any other name as it is."""
+    from ..checkpoint import resolve
+
+    return resolve(model, revision) if model == DEFAULT_MODEL else model
 
 
 def load_model(args: argparse.Namespace):
@@ -215,22 +210,18 @@ def _check_compile(args: argparse.Namespace) -> None:
 
 
 def _read_model(args: argparse.Namespace):
-    import torch
+    from ..model import FalconH1ForCausalLM
 
-    from ..checkpoint import inspect, load, resolve
-
-    folder = resolve(locate(args.model, args.revision), args.revision)
-    # A_log, D and dt_bias may be stored wider than the model; the embedding has the model's dtype.
-    stored = {info.name: info.dtype for info in inspect(folder)}.get("model.embed_tokens.weight")
-    dtype = stored if args.dtype is None else getattr(torch, args.dtype)
+    load = FalconH1ForCausalLM.from_pretrained
     options = {
-        "dtype": torch.float32 if dtype is None else dtype,
+        "dtype": args.dtype,
         "device": args.device,
+        "revision": args.revision,
         "check": args.check,
         "ops": None if args.ops is None else operator_table(args.ops, args.device),
     }
     if not sys.stderr.isatty():
-        return load(folder, **options)
+        return load(args.model, **options)
     from tqdm import tqdm
 
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False) as bar:
@@ -239,7 +230,7 @@ def _read_model(args: argparse.Namespace):
             bar.total = total
             bar.update(done - bar.n)
 
-        return load(folder, progress=progress, **options)
+        return load(args.model, progress=progress, **options)
 
 
 def operator_table(name: str, device: str):

@@ -49,19 +49,20 @@ def add_to(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..checkpoint import fold_multipliers, inspect, load, resolve, save, save_gguf
+    from ..checkpoint import fold_multipliers, resolve, save, save_gguf, stored_dtype
     from ..checkpoint.errors import CheckpointError
+    from ..model import FalconH1ForCausalLM
 
     args.out = args.out.expanduser()
     _check(args)
     folder = resolve(locate(args.model, args.revision), args.revision)
-    stored = {info.name: info.dtype for info in inspect(folder)}["model.embed_tokens.weight"]
-    dtype = stored if args.dtype is None else getattr(torch, args.dtype)
+    load = FalconH1ForCausalLM.from_pretrained
+    dtype = stored_dtype(folder) if args.dtype is None else getattr(torch, args.dtype)
     if args.to == "gguf":
         name = str(dtype).removeprefix("torch.")
         if name not in GGUF_DTYPES:
             raise ValueError(f"the weights are stored as {name}: give --dtype float32 or bfloat16")
-        model = load(folder, dtype=stored)
+        model = load(folder)
         tokenizer = (folder / "tokenizer.json").is_file() and not args.no_vocabulary
         try:
             save_gguf(model, args.out, dtype, folder if tokenizer else None)

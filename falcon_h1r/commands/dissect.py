@@ -72,14 +72,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _answer(args, dtype, tokenizer, ids: list[int]) -> list[int]:
     """The likeliest continuation, up to an end token; the weights are let go afterwards."""
-    from ..checkpoint import end_token_ids, load, read_generation_config, resolve
     from ..generation import SamplingParams, generate
-    from .common import locate, operator_table
+    from ..model import FalconH1ForCausalLM
+    from .common import operator_table
 
-    folder = resolve(locate(args.model, args.revision), args.revision)
     table = None if args.ops is None else operator_table(args.ops, args.device)
-    model = load(folder, dtype=dtype, device=args.device, ops=table)
-    ends = {*end_token_ids(model.config, read_generation_config(folder)), tokenizer.eos_token_id}
+    load = FalconH1ForCausalLM.from_pretrained
+    model = load(args.model, dtype, args.device, table, args.revision)
+    ends = {*model.eos_token_ids, tokenizer.eos_token_id}
     params = SamplingParams(
         max_new_tokens=args.max_new_tokens,
         temperature=0.0,

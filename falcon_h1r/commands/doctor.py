@@ -66,11 +66,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--write-calibration: only with --self-test")
     import torch
 
-    from ..checkpoint import read_config
+    from ..config import FalconH1Config
     from ..study.doctor import diagnose
     from ..study.dump import read_dump
 
-    config = read_config(common.locate(args.model, args.revision), args.revision)
+    config = FalconH1Config.from_pretrained(args.model, args.revision)
     dumps = [read_dump(path, config)._replace(source=path) for path in args.dump]
     model = stored_model(args.model, args.revision)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)

@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from .common import DEFAULT_MODEL, DTYPES, counting, locate
+from .common import DEFAULT_MODEL, DTYPES, counting
 
 
 def add_to(commands) -> None:
@@ -45,7 +45,6 @@ def add_to(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..checkpoint import read_config
     from ..config import PRESETS, FalconH1Config
     from ..cost import render, sheet
 
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         if "/" not in args.model and args.model != DEFAULT_MODEL and not Path(args.model).exists():
             known = ", ".join(PRESETS)
             raise ValueError(f"{args.model!r} is neither a folder nor a preset; presets: {known}")
-        config = read_config(locate(args.model, args.revision), args.revision)
+        config = FalconH1Config.from_pretrained(args.model, args.revision)
     options = {"contexts": args.context, "traces": args.traces}
     options = {name: tuple(value) for name, value in options.items() if value is not None}
     if args.bandwidth is not None:

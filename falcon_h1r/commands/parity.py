@@ -105,12 +105,10 @@ def _progress(text: str) -> None:
 
 def stored_model(name: str, revision: str | None):
     """A checkpoint in the dtype in which it is stored."""
-    from ..checkpoint import inspect, load, resolve
+    from ..model import FalconH1ForCausalLM
     from ..ops import TORCH
 
-    folder = resolve(common.locate(name, revision), revision)
-    dtypes = {info.name: info.dtype for info in inspect(folder)}
-    return load(folder, dtype=dtypes["model.embed_tokens.weight"], ops=TORCH)
+    return FalconH1ForCausalLM.from_pretrained(name, ops=TORCH, revision=revision)
 
 
 def _model(args):

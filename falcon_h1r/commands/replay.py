@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace as changed
 
+from ..tables import aligned
 from .common import counting
 
 _LONGEST = 24  # characters of an answer in the table
@@ -297,10 +298,8 @@ def _render(table: list[dict], records) -> str:
                 "/".join(sorted({result.order or "-" for result in results})),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines]
     reasons = dict.fromkeys(row["refused"] for row in table if row["refused"])
-    return "\n".join([*text, *(f"-: {reason}" for reason in reasons)])
+    return "\n".join([*aligned(lines), *(f"-: {reason}" for reason in reasons)])
 
 
 def _short(answer: str | None) -> str:

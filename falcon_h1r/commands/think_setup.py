@@ -97,7 +97,7 @@ def memory_size(text: str) -> int:
 
 def prepare(args: argparse.Namespace) -> Setup:
     """Raises ValueError for whatever can be known to be wrong without the weights."""
-    from ..checkpoint import read_config, resolve
+    from ..config import FalconH1Config
     from ..generation import derive_seeds
     from ..reasoning import DeepConf, Equality, make_extractor
 
@@ -108,9 +108,7 @@ def prepare(args: argparse.Namespace) -> Setup:
     if args.system is not None and args.raw:
         raise ValueError("--system: not with --raw, which has no chat template")
     request = common.prepare(args, temperature=TEMPERATURE, top_p=TOP_P)
-    config = read_config(
-        resolve(common.locate(args.model, args.revision), args.revision, weights=False)
-    )
+    config = FalconH1Config.from_pretrained(args.model, args.revision)
     tokenizer, sampling = request.tokenizer, request.params
     if sampling.temperature == 0 and args.temperature is None:
         sampling = replace(sampling, temperature=TEMPERATURE)  # of a checkpoint that is greedy

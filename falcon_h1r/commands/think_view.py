@@ -6,6 +6,8 @@ import sys
 import time
 from typing import NamedTuple
 
+from ..tables import aligned
+
 REFRESH, REPORT = 0.25, 10.0  # seconds between two views: on a terminal, elsewhere
 _LONGEST = 24  # characters of an answer
 _TAIL = 256  # tokens of a running trace in which its answer is looked for
@@ -134,19 +136,10 @@ def vote_table(result) -> list[str]:
     for answer, weight, traces in candidates[:_CANDIDATES]:
         share = f"{100 * weight / total:.1f} %" if total else "-"
         lines.append((short(answer), str(len(traces)), f"{weight:.2f}", share))
-    text = columns(lines)
+    text = aligned(lines, "lr")
     if len(candidates) > _CANDIDATES:
         text.append(f"and {len(candidates) - _CANDIDATES} more answers")
     return [*text, ""]
-
-
-def columns(lines: list[tuple[str, ...]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return [
-        "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:]))])
-        for first, *rest in lines
-    ]
 
 
 def spent(result) -> str:

@@ -88,13 +88,13 @@ def encode(args: argparse.Namespace):
 
 def stream(args: argparse.Namespace):
     """The checkpoint, read a layer at a time."""
-    import torch
-
     from ..checkpoint import stream_modules
+    from ..model import FalconH1ForCausalLM
 
     return stream_modules(
-        locate(args.model, args.revision),
-        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        FalconH1ForCausalLM,
+        args.model,
+        dtype=args.dtype,
         device=args.device,
         ops=None if args.ops is None else operator_table(args.ops, args.device),
         revision=args.revision,

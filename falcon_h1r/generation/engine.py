@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Span
+from ..checks import check_integer
 from ..cpu import CompiledStep, require_compiler
 from ..cpu.compiled import ROOM
 from ..precision import compute_dtype
@@ -63,14 +64,9 @@ class Engine:
         prefill: Callable | None = None,
         fixed_width: bool = False,
     ):
-        numbers = {"max_rows": max_rows}
-        if memory_budget is not None:
-            numbers["memory_budget"] = memory_budget
-        if prefill_chunk is not None:
-            numbers["prefill_chunk"] = prefill_chunk
-        for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a positive integer")
+        check_integer("max_rows", max_rows, 1)
+        check_integer("memory_budget", memory_budget, 1, none=True)
+        check_integer("prefill_chunk", prefill_chunk, 1, none=True)
         self._model, self._tokenizer = model, tokenizer
         self.max_rows, self._fixed_width = max_rows, fixed_width
         on_gpu = model.device.type == "cuda"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache, Span
+from ..checks import check_integer
 from ..cpu import CompiledStep
 from ..precision import compute_dtype
 from .graph import DecodeStep
@@ -124,10 +125,7 @@ class Stream:
             self._step_form = DecodeStep if on_gpu else CompiledStep
         self._prompts = read_prompts(input_ids, attention_mask, model.config.vocab_size)
         by_prompt = per_prompt(params, len(self._prompts))
-        if prefill_chunk is not None and (not isinstance(prefill_chunk, int) or prefill_chunk < 1):
-            raise ValueError(
-                f"prefill_chunk is {prefill_chunk!r}, expected None or a positive integer"
-            )
+        check_integer("prefill_chunk", prefill_chunk, 1, none=True)
         self._prefill_chunk = prefill_chunk
         self._n = by_prompt[0].n
         self.params = [p for p in by_prompt for _ in range(self._n)]

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import compute_dtype
+
 
 class LogProb(NamedTuple):
     """Three numbers per row, in nats: each (m,) float32, or float64 from float64 logits."""
@@ -31,7 +33,7 @@ def logprob(
     """
     m, v = logits_mv.shape
     assert chosen_m.shape == (m,) and 1 <= k <= v, (chosen_m.shape, k, v)
-    work = torch.promote_types(logits_mv.dtype, torch.float32)
+    work = compute_dtype(logits_mv)
     logp_mv = (logits_mv.to(work) * multiplier).log_softmax(-1)
     chosen = logp_mv.gather(1, chosen_m.long()[:, None])[:, 0]
     # Not xlogy(p, p): a forbidden token has p = 0 and log p = -inf, and counts for nothing.

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .params import SamplingParams
 
+_SHOWN, _WIDTH = 8, 160  # sequences in a repr, and characters of what each says
+
 
 class Step(NamedTuple):
     """One new token in every sequence that was still running. Tensors are on the CPU.
@@ -87,10 +89,28 @@ class GenerateOutput:
     seeds: list[int]
     prompt_lengths: list[int]
 
+    def __repr__(self) -> str:
+        """A line for each sequence: its length, why it ended, and what it says."""
+        lines = [
+            f"  {i}: {len(ids)} tokens, {reason}: "
+            + _cut(ids.tolist() if self.texts is None else self.texts[i])
+            for i, (ids, reason) in enumerate(zip(self.sequences, self.finish_reasons))
+        ]
+        if len(lines) > _SHOWN:
+            lines[_SHOWN:] = [f"  and {len(lines) - _SHOWN} more"]
+        count = len(self.sequences)
+        return "\n".join([f"GenerateOutput of {count} sequence{'' if count == 1 else 's'}", *lines])
+
     @property
     def new_tokens(self) -> int:
         """Tokens of all sequences together."""
         return sum(len(sequence) for sequence in self.sequences)
+
+
+def _cut(value) -> str:
+    """`repr`, without the middle of a long one."""
+    text = repr(value)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH // 2]} ... {text[-_WIDTH // 2 :]}"
 
 
 def collect(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from ..checks import check_integer, check_number, is_integer, refuse
 
 SEED_LIMIT = 2**63
 
@@ -58,32 +59,24 @@ class SamplingParams:
 
     def __post_init__(self):
         self._normalise()
-        counts = {"max_new_tokens": 1, "n": 1, "top_k": 0}
-        for name, least in counts.items():
-            self._need(name, _is_int(getattr(self, name), least), f"an integer >= {least}")
-        self._need("temperature", _is_number(self.temperature, 0), "a finite number >= 0")
-        self._need("top_p", _is_number(self.top_p, 0, 1) and self.top_p > 0, "0 < top_p <= 1")
-        self._need("min_p", _is_number(self.min_p, 0, 1), "0 <= min_p <= 1")
-        positive = _is_number(self.repetition_penalty, 0) and self.repetition_penalty > 0
-        self._need("repetition_penalty", positive, "a finite number > 0")
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._need(name, _is_number(getattr(self, name)), "a finite number")
-        stops = self.stop_token_ids
-        valid = stops is None or (isinstance(stops, tuple) and all(_is_int(i, 0) for i in stops))
-        self._need("stop_token_ids", valid, "None or token ids >= 0")
-        valid = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
-        self._need("stop", valid, "non-empty strings")
-        seeded = self.seed is None or (_is_int(self.seed, 0) and self.seed < SEED_LIMIT)
-        self._need("seed", seeded, "None or an integer in 0 .. 2**63 - 1")
-        self._need(
-            "logprobs",
-            isinstance(self.logprobs, bool) or _is_int(self.logprobs, 0),
-            "True, False or the number of alternatives",
-        )
-        budget = self.thinking_budget
-        self._need(
-            "thinking_budget", budget is None or _is_int(budget, 0), "None or an integer >= 0"
-        )
+        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        check_integer("n", self.n, 1)
+        check_integer("top_k", self.top_k, 0)
+        check_number("temperature", self.temperature, 0)
+        check_number("top_p", self.top_p, above=0, most=1)
+        check_number("min_p", self.min_p, 0, 1)
+        check_number("repetition_penalty", self.repetition_penalty, above=0)
+        check_number("presence_penalty", self.presence_penalty)
+        check_number("frequency_penalty", self.frequency_penalty)
+        check_integer("seed", self.seed, 0, SEED_LIMIT - 1, none=True)
+        check_integer("thinking_budget", self.thinking_budget, 0, none=True)
+        if not isinstance(self.logprobs, bool):
+            check_integer("logprobs", self.logprobs, 0)
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
+            refuse("stop", self.stop, "non-empty strings")
+        stops = () if self.stop_token_ids is None else self.stop_token_ids
+        if not isinstance(stops, tuple) or not all(is_integer(token, 0) for token in stops):
+            refuse("stop_token_ids", stops, "None or token ids >= 0")
 
     def _normalise(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -91,10 +84,6 @@ class SamplingParams:
             if isinstance(value, (list, set, frozenset)):
                 value = tuple(value)
             object.__setattr__(self, name, value)
-
-    def _need(self, name: str, condition: bool, accepted: str) -> None:
-        if not condition:
-            raise ValueError(f"{name} is {getattr(self, name)!r}, expected {accepted}")
 
     @property
     def wants_logprobs(self) -> bool:
@@ -144,13 +133,3 @@ def derive_seeds(params: SamplingParams | Sequence[SamplingParams], prompts: int
 
 def _fresh_seed() -> int:
     return int.from_bytes(os.urandom(8), "little") >> 11
-
-
-def _is_int(value, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value, least: float = -math.inf, most: float = math.inf) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value) and least <= value <= most

@@ -30,7 +30,7 @@ from .plain import PlainPolicy
 from .plot import wilson_interval
 from .recorder import TraceRecorder
 from .replay import POLICIES, Replayed, make_policy, recorded_policy, replay
-from .traces import Manifest, Record, Trace, find_records, read_record
+from .traces import Manifest, Record, RecordedTrace, find_records, read_record
 
 __all__ = [
     "EXTRACTORS",
@@ -53,9 +53,9 @@ __all__ = [
     "PlainPolicy",
     "Question",
     "Record",
+    "RecordedTrace",
     "Replayed",
     "RunningConfidence",
-    "Trace",
     "TraceRecorder",
     "Verdict",
     "Vote",

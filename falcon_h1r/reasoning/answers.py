@@ -19,6 +19,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from ..checks import check_number
+
 Extractor = Callable[[str], "str | None"]
 
 _TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
@@ -352,8 +354,7 @@ def vote(
     cast = sorted((number, a, weight) for number, a, weight in ballots if a is not None)
     members: dict[str, list[tuple[int, str, float]]] = {}
     for number, answer, weight in cast:
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"trace {number}: weight {weight}, expected a finite number >= 0")
+        check_number(f"trace {number}: weight", weight, 0)
         classes.add(answer)
     for ballot in cast:
         members.setdefault(classes.find(ballot[1]), []).append(ballot)

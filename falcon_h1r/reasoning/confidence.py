@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_integer
 from ..generation.logprob import logprob
 
 TOP_K = 20
@@ -26,13 +27,13 @@ WINDOW = 2048
 MEASURES = ("mean", "lowest-group", "bottom-10", "tail")
 
 _BITS = 28
-# 2**63 = _MOST * _TOKENS * 2**_BITS, so that no sum overflows.
-_MOST, _TOKENS = 2**14, 2**21
+# 2**63 = _MOST * MOST_TOKENS * 2**_BITS, so that no sum overflows.
+_MOST, MOST_TOKENS = 2**14, 2**21
 
 
 def confidence_of_logits(logits_rv: Tensor, k: int = TOP_K) -> Tensor:
     """(r,) float32 from logits (r, v) before any processing; float64 logits are used as such."""
-    _check_count("k", k, logits_rv.shape[-1], "the vocabulary")
+    check_integer("k", k, 1, logits_rv.shape[-1])
     first = logits_rv.new_zeros(len(logits_rv), dtype=torch.int64)
     return -logprob(logits_rv, first, k=k).top_k_mean_m.float()
 
@@ -44,22 +45,12 @@ def token_confidence(top_logprobs: Tensor, k: int = TOP_K) -> Tensor:
     for a sampled token outside them does not. The mean is taken in float64. Raises ValueError with
     fewer than k, or where one of them is not finite or above 0.
     """
-    _check_count("k", k, top_logprobs.shape[-1], "the log-probabilities given")
+    check_integer("k", k, 1, top_logprobs.shape[-1])
     kept = top_logprobs.double().topk(k).values
     # A little above 0 is rounding of a log-softmax.
     if not bool((kept.isfinite() & (kept < 1e-3)).all()):
         raise ValueError("top_logprobs: expected finite log-probabilities, found others")
     return (-kept.mean(-1)).clamp(min=0).float()
-
-
-def check_window(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _TOKENS:
-        raise ValueError(f"{name} is {value!r}, expected an integer in 1 .. {_TOKENS}")
-
-
-def _check_count(name: str, value, most: int, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"{name} is {value!r}, expected an integer in 1 .. {most}, {what}")
 
 
 def _units(confidence: Tensor) -> Tensor:
@@ -87,8 +78,8 @@ class RunningConfidence:
     """
 
     def __init__(self, rows: int, window: int = WINDOW):
-        _check_count("rows", rows, 2**31, "traces")
-        check_window("window", window)
+        check_integer("rows", rows, 1, 2**31)
+        check_integer("window", window, 1, MOST_TOKENS)
         self.window = window
         self.counts = torch.zeros(rows, dtype=torch.int64)
         self._totals = torch.zeros(rows, dtype=torch.int64)
@@ -100,8 +91,8 @@ class RunningConfidence:
         """Add a token to some rows, each named once; confidence: (r,). Returns `group(rows)`."""
         confidence = _checked(confidence)
         new = _units(confidence)
-        if bool((self.counts[rows] >= _TOKENS).any()):
-            raise ValueError(f"more than {_TOKENS} tokens in a trace")
+        if bool((self.counts[rows] >= MOST_TOKENS).any()):
+            raise ValueError(f"more than {MOST_TOKENS} tokens in a trace")
         slots = self.counts[rows] % self.window
         old = _units(self._ring[rows, slots])  # 0 until the window is full
         self._ring[rows, slots] = confidence
@@ -147,11 +138,11 @@ def group_confidences(confidence_n: Tensor, window: int = WINDOW) -> Tensor:
 
     A trace shorter than the window is one group, (1,).
     """
-    check_window("window", window)
+    check_integer("window", window, 1, MOST_TOKENS)
     if len(confidence_n) == 0:
         raise ValueError("a trace without tokens has no confidence")
-    if len(confidence_n) > _TOKENS:
-        raise ValueError(f"more than {_TOKENS} tokens in a trace")
+    if len(confidence_n) > MOST_TOKENS:
+        raise ValueError(f"more than {MOST_TOKENS} tokens in a trace")
     sums = torch.nn.functional.pad(_units(_checked(confidence_n)).cumsum(0), (1, 0))
     width = min(window, len(confidence_n))
     return _mean(sums[width:] - sums[:-width], width)

@@ -14,47 +14,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..checks import check_integer, check_number, refuse
 from .answers import Equality, Vote, vote
-from .confidence import MEASURES, TOP_K, WINDOW, Measures, check_window
+from .confidence import MEASURES, MOST_TOKENS, TOP_K, WINDOW, Measures
 
 MAJORITY = "majority"
 PERCENTILE_METHODS = ("linear", "lower", "higher", "nearest", "midpoint")
 
 
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+class _Policy:
+    def _check_choice(self, name: str, *accepted) -> None:
+        if getattr(self, name) not in accepted:
+            refuse(name, getattr(self, name), f"one of {accepted}")
 
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-class _Checked:
-    def _need(self, name: str, condition: bool, accepted: str) -> None:
-        if not condition:
-            raise ValueError(f"{name} is {getattr(self, name)!r}, expected {accepted}")
-
-    def _need_percent(self, name: str, zero: bool = False, optional: bool = False) -> None:
-        value = getattr(self, name)
-        inside = _is_number(value) and value <= 100 and (value > 0 or (zero and value == 0))
-        bounds = f"0 {'<=' if zero else '<'} {name} <= 100" + (", or None" if optional else "")
-        self._need(name, inside or (optional and value is None), bounds)
-
-    def _need_weight(self, name: str, extra: tuple) -> None:
-        accepted = (*MEASURES, *extra)
-        self._need(name, getattr(self, name) in accepted, f"one of {accepted}")
-
-    def _need_windows(self) -> None:
-        check_window("window", self.window)
-        if self.tail is not None:
-            check_window("tail", self.tail)
+    def _check_windows(self) -> None:
+        check_integer("window", self.window, 1, MOST_TOKENS)
+        check_integer("tail", self.tail, 1, MOST_TOKENS, none=True)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offline(_Checked):
+class Offline(_Policy):
     """A vote over finished traces.
 
     weight: `majority` (every trace 1), or the measure of `confidence.MEASURES` that weighs.
@@ -75,18 +57,17 @@ class Offline(_Checked):
     budget: int | None = None
 
     def __post_init__(self):
-        valid = self.budget is None or (_is_int(self.budget) and self.budget >= 1)
-        self._need("budget", valid, "None or an integer >= 1")
-        self._need_weight("weight", (MAJORITY,))
-        self._need_weight("keep_by", (None,))
-        self._need_percent("keep", optional=True)
-        self._need_windows()
+        check_integer("budget", self.budget, 1, none=True)
+        self._check_choice("weight", *MEASURES, MAJORITY)
+        self._check_choice("keep_by", *MEASURES, None)
+        check_number("keep", self.keep, above=0, most=100, none=True)
+        self._check_windows()
         if self.keep is not None and self.keep_by is None and self.weight == MAJORITY:
             raise ValueError("keep: a majority has no measure to keep traces by; give keep_by")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepConf(_Checked):
+class DeepConf(_Policy):
     """Online DeepConf (the paper's algorithm 2) with every number it has; default: DeepConf-low.
 
     k: likeliest tokens in a token's confidence.
@@ -130,20 +111,19 @@ class DeepConf(_Checked):
 
     def __post_init__(self):
         for name in ("k", "warmup", "budget", "min_voters"):
-            value = getattr(self, name)
-            self._need(name, _is_int(value) and value >= 1, "an integer >= 1")
-        self._need_windows()
-        self._need("budget", self.budget >= self.warmup, f"at least warmup, {self.warmup}")
-        self._need_percent("eta")
-        self._need_percent("percentile", zero=True, optional=True)
-        methods = PERCENTILE_METHODS
-        self._need("percentile_method", self.percentile_method in methods, f"one of {methods}")
-        self._need("margin", _is_number(self.margin) and self.margin >= 0, "a finite number >= 0")
-        valid = self.tau is None or (_is_number(self.tau) and 0 < self.tau <= 1)
-        self._need("tau", valid, "0 < tau <= 1, or None")
-        self._need_weight("weight", (MAJORITY,))
+            check_integer(name, getattr(self, name), 1)
+        self._check_windows()
+        if self.budget < self.warmup:
+            refuse("budget", self.budget, f"at least warmup, {self.warmup}")
+        check_number("eta", self.eta, above=0, most=100)
+        check_number("percentile", self.percentile, 0, 100, none=True)
+        self._check_choice("percentile_method", *PERCENTILE_METHODS)
+        check_number("margin", self.margin, 0)
+        check_number("tau", self.tau, above=0, most=1, none=True)
+        self._check_choice("weight", *MEASURES, MAJORITY)
         for name in ("filter", "filter_warmup"):
-            self._need(name, isinstance(getattr(self, name), bool), "True or False")
+            if not isinstance(getattr(self, name), bool):
+                refuse(name, getattr(self, name), "True or False")
 
     def threshold(self, lowest_groups: list[float]) -> float:
         """From the lowest groups of the warm-up traces, answered or not."""

@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import torch
 
+from ..checks import check_integer
 from ..generation import SamplingParams
 from .confidence import WINDOW, token_confidence
 from .online import INTERRUPTED, NATURAL, Ended, OnlinePolicy, OnlineResult
@@ -90,8 +91,7 @@ class LiveRun:
     def __init__(
         self, engine, questions: Iterable[Question], tokenizer=None, *, most_open: int = 16
     ):
-        if most_open < 1:
-            raise ValueError(f"most_open is {most_open}, expected an integer >= 1")
+        check_integer("most_open", most_open, 1)
         self.engine = engine
         self.open: list[Question] = []
         self.done: list[Question] = []

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..files import whole_file
 from .answers import Equality
 from .confidence import group_confidences
 from .online import LOW, NATURAL, OnlineResult
-from .traces import Record, Trace
+from .traces import Record, RecordedTrace
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 RIGHT, WRONG, OTHER = "#0072B2", "#D55E00", "0.6"
@@ -117,7 +118,8 @@ def plot_confidence(
     axes.set_title(_title(record), fontsize=10)
     axes.grid(alpha=0.2)
     figure.legend(fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as new:
+        figure.savefig(new, dpi=150)
 
 
 class _Line(NamedTuple):
@@ -127,7 +129,9 @@ class _Line(NamedTuple):
     warmup: bool
 
 
-def _line(trace: Trace, result: OnlineResult | None, target, equality: Equality) -> _Line | None:
+def _line(
+    trace: RecordedTrace, result: OnlineResult | None, target, equality: Equality
+) -> _Line | None:
     length, reason, answer, warmup = len(trace), trace.reason, trace.answer, False
     if result is not None:
         outcome = next((o for o in result.traces if o.trace == trace.number), None)
@@ -188,7 +192,8 @@ def plot_accuracy(points: Iterable[Point], path: str | Path, title: str = "") ->
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.2)
     figure.legend(fontsize=8, loc="outside right upper", title="policy: right, tokens")
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as new:
+        figure.savefig(new, dpi=150)
 
 
 def _color(policy: str) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checks import check_integer
+from ..files import write_file
 from .online import INTERRUPTED
 from .traces import LINES, MANIFEST, Manifest, check_of, file_name, manifest_document
 
@@ -31,8 +33,7 @@ class TraceRecorder:
 
     def __init__(self, folder: str | Path, manifest: Manifest, top: int | None = None):
         self._top = manifest.k if top is None else top
-        if self._top < 0:
-            raise ValueError(f"top is {top}, expected an integer >= 0")
+        check_integer("top", self._top, 0)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / MANIFEST).exists() or (self.folder / LINES).exists():
@@ -53,7 +54,7 @@ class TraceRecorder:
             self._buffers["top_ids"] = torch.zeros(0, _FIRST_ROOM, self._top, dtype=torch.int32)
             self._buffers["top_logprobs"] = torch.zeros(0, _FIRST_ROOM, self._top)
         document = json.dumps(manifest_document(manifest), indent=1)
-        _write(self.folder / MANIFEST, document.encode())
+        write_file(self.folder / MANIFEST, document)
 
     def start(self, traces: Iterable[int], seeds: Iterable[int | None]) -> None:
         """These traces were admitted before the next step."""
@@ -137,7 +138,7 @@ def _write_trace(folder, trace, tensors, seed, start, reason, text, answer) -> N
     from safetensors.torch import save
 
     content = save(tensors)
-    _write(folder / file_name(trace), content)
+    write_file(folder / file_name(trace), content)
     line = {
         "trace": trace,
         "seed": seed,
@@ -158,15 +159,3 @@ def _append(folder: Path, line: dict) -> None:
     with open(folder / LINES, "ab", buffering=0) as file:
         file.write(text.encode())
         os.fsync(file.fileno())
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_integer
 from .answers import Equality, Extractor, Vote, make_extractor
 from .confidence import MEASURES, trace_measures
 from .deepconf import MAJORITY, PRESETS, Ballot, DeepConf, Offline, offline_vote
 from .online import INTERRUPTED, LOW, Ended, OnlinePolicy, OnlineResult
-from .traces import Record, Trace
+from .traces import Record, RecordedTrace
 
 RECORDED, SIMULATED = "recorded", "simulated"
 _ONLINE = {f"deepconf-{name}": params for name, params in PRESETS.items()}
@@ -131,8 +132,7 @@ def replay(
         order = RECORDED if recorded_policy(record) == policy else SIMULATED
     if order not in (RECORDED, SIMULATED):
         raise ValueError(f"order is {order!r}, expected {RECORDED!r} or {SIMULATED!r}")
-    if parallel is not None and parallel < 1:
-        raise ValueError(f"parallel is {parallel}, expected an integer >= 1")
+    check_integer("parallel", parallel, 1, none=True)
     run = _Run(record, policy, equality, answers)
     run.recorded() if order == RECORDED else run.simulated(parallel)
     result = run.policy.result()
@@ -288,7 +288,7 @@ class _Run:
             f"up to its budget of {self.policy.params.budget}"
         )
 
-    def _unknown(self, trace: Trace) -> ValueError:
+    def _unknown(self, trace: RecordedTrace) -> ValueError:
         return ValueError(
             f"{self.record.folder}: the recorded run stopped trace {trace.number} after "
             f"{len(trace)} tokens ({trace.reason}), this policy would have gone on"

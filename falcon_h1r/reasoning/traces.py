@@ -75,7 +75,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Trace:
+class RecordedTrace:
     """One trace of a record; tensors as in the module's description."""
 
     number: int
@@ -105,7 +105,7 @@ class Record:
 
     folder: Path
     manifest: Manifest
-    traces: list[Trace]
+    traces: list[RecordedTrace]
     complete: bool
     end: dict
 
@@ -143,7 +143,7 @@ def read_record(folder: str | Path, tensors: bool = True) -> Record:
     return Record(folder, manifest, traces, end is not None, end or {})
 
 
-def _steps(traces: list[Trace]) -> int:
+def _steps(traces: list[RecordedTrace]) -> int:
     lasts = [int(trace.steps[-1]) + 1 if len(trace) else trace.start for trace in traces]
     return max(lasts, default=0)
 
@@ -203,7 +203,9 @@ def _read_lines(path: Path) -> list[dict]:
     return values
 
 
-def _read_trace(folder: Path, line: dict, place: str, manifest: Manifest, tensors: bool) -> Trace:
+def _read_trace(
+    folder: Path, line: dict, place: str, manifest: Manifest, tensors: bool
+) -> RecordedTrace:
     for name, kind in _LINE.items():
         if not isinstance(line.get(name, ...), kind) or isinstance(line[name], bool):
             raise ValueError(f"{place}: field {name!r} is missing or of another kind")
@@ -228,7 +230,7 @@ def _read_trace(folder: Path, line: dict, place: str, manifest: Manifest, tensor
     if len(steps) == 0 and line["reason"] in (*NATURAL, LOW):
         raise ValueError(f"{place}: a trace without tokens cannot end with {line['reason']!r}")
     _check_top(path, stored, manifest)
-    return Trace(
+    return RecordedTrace(
         number=line["trace"],
         **{name: line[name] for name in ("seed", "reason", "text", "answer", "start")},
         **{name: tensor for name, tensor in stored.items() if tensors or name not in _TOP},

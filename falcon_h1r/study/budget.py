@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..cache_file import fingerprint
+from ..files import write_file
 from ..model import FalconH1ForCausalLM
 from ..ops import REFERENCE, Ops
 from ..precision import compute_dtype
@@ -206,13 +207,7 @@ class Budget:
             "parts": list(Parts._fields),
             "entries": self.entries,
         }
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(json.dumps(document, separators=(",", ":")) + "\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_file(path, json.dumps(document, separators=(",", ":")) + "\n")
 
 
 def make_budget(

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import FalconH1Config
+from ..files import write_file
 from ..model import FalconH1ForCausalLM
 from ..ops import TORCH
 from ..taps import full_names, tap_of
@@ -277,4 +278,4 @@ def write_calibration(cases: Sequence[Case], path: str | Path) -> None:
         "cases": len(cases),
         "steps": calibrate(cases),
     }
-    Path(path).write_text(json.dumps(document, indent=1) + "\n")
+    write_file(path, json.dumps(document, indent=1) + "\n")

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..files import whole_file
 from ..taps import full_names, record, tap_of
 
 INPUTS = ("input_ids", "attention_mask", "pieces")
@@ -104,26 +105,22 @@ def write_dump(path: str | Path, dump: Dump) -> None:
     metadata = {"source": dump.source} if dump.source else {}
     if dump.dtype is not None:
         metadata["dtype"] = str(dump.dtype).removeprefix("torch.")
-    partial = path.with_name(path.name + ".partial")
-    try:
+    if path.suffix not in (".safetensors", ".npz"):
+        raise ValueError(f"{path}: a dump's name ends in .safetensors or .npz")
+    with whole_file(path) as new:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
-        elif path.suffix == ".npz":
+            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, new, metadata)
+        else:
             import numpy as np
 
             arrays = {
                 name: (t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy()
                 for name, t in tensors.items()
             }
-            with open(partial, "wb") as file:
+            with open(new, "wb") as file:
                 np.savez(file, **arrays, **{k: np.array(v) for k, v in metadata.items()})
-        else:
-            raise ValueError(f"{path}: a dump's name ends in .safetensors or .npz")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..files import write_file
 from .contributions import BRANCHES
 from .dissect import Dissection
 
@@ -77,13 +78,7 @@ _FILES = ("page.html", "page.css", "page.js", "figures.js")
 
 def write_page(path: str | Path, html: str) -> None:
     """Whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(html, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, html)
 
 
 def _tensors(dissection: Dissection) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from ..files import whole_file
 from ..tap_table import inner_name
 from .heat import draw
 from .parity import Report, Row
@@ -25,16 +26,12 @@ def write_report(report: Report, facts: dict, path: str | Path) -> None:
     """
     path = Path(path)
     check_suffix(path)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
+    with whole_file(path) as new:
         if path.suffix in (".png", ".svg", ".pdf"):
-            draw(report, facts, partial)
+            draw(report, facts, new)
         else:
             make = {".md": as_markdown, ".json": as_json, ".html": as_html}[path.suffix]
-            partial.write_text(make(report, facts), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            new.write_text(make(report, facts), encoding="utf-8")
 
 
 def check_suffix(path: str | Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Streamed
+from ..tables import aligned
 from ..taps import record, tap_of
 
 EXAMPLE = "What is 47+25-8?"
@@ -75,12 +76,4 @@ def render(steps: list[Step]) -> str:
         )
         for step in steps
     ]
-    widths = [max(map(len, column)) for column in zip(heads, *rows)]
-    numeric = range(3, 7)
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in numeric else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in (heads, *rows)
-    )
+    return "\n".join(aligned((heads, *rows), "lllrrrrl"))

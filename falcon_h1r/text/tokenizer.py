@@ -45,6 +45,18 @@ class Tokenizer:
             if backend.token_to_id(text) is None:
                 raise ValueError(f"tokenizer: {name} {text!r} is not in the vocabulary")
 
+    def __repr__(self) -> str:
+        parts = [f"{self.vocab_size} tokens"]
+        for name, text in self.special_tokens.items():
+            parts.append(f"{name} {text!r} = {self.token_to_id(text)}")
+        if self.chat_templates:
+            names = ", ".join(sorted(self.chat_templates))
+            plural = "" if len(self.chat_templates) == 1 else "s"
+            parts.append(f"chat template{plural}: {names}")
+        else:
+            parts.append("no chat template")
+        return f"Tokenizer({'; '.join(parts)})"
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; a model's vocabulary may be padded beyond it."""
@@ -127,7 +139,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path_or_repo_id: str | Path, revision: str | None = None) -> Tokenizer:
-    """Read the tokenizer of a local checkpoint folder or a hub repository.
+    """Read the tokenizer of a local checkpoint folder, a hub repository or "h1r-pico".
 
     Files: tokenizer.json (required); tokenizer_config.json for special tokens and `chat_template`
     (a string, or a list of named templates); special_tokens_map.json where the config names no

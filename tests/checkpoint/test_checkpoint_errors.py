@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from checkpoint.tiny_checkpoints import read_raw, write_raw
+from models import load
 from safetensors.torch import load_file, save_file
 
 from falcon_h1r import ConfigError
-from falcon_h1r.checkpoint import CheckpointError, inspect, load
+from falcon_h1r.checkpoint import CheckpointError, inspect
 
 A = "model.layers.0.mamba.A_log"
 HEAD = "lm_head.weight"

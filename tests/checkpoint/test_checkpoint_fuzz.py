@@ -9,8 +9,9 @@ import torch
 from checkpoint.tiny_checkpoints import assert_same_weights, read_raw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import load
 
-from falcon_h1r.checkpoint import CheckpointError, load
+from falcon_h1r.checkpoint import CheckpointError
 from falcon_h1r.checkpoint.layout import read_header
 
 FUZZ = settings(

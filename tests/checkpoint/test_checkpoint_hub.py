@@ -10,8 +10,10 @@ import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
+from models import load
 
-from falcon_h1r.checkpoint import CheckpointError, load, read_config, resolve
+from falcon_h1r import FalconH1Config
+from falcon_h1r.checkpoint import CheckpointError, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -50,7 +52,9 @@ def test_paths_that_do_not_exist(path, monkeypatch):
 
 @pytest.mark.parametrize("path", [None, 3, b"owner/name"])
 def test_other_types(path):
-    with pytest.raises(CheckpointError, match="expected a folder or a hub repository"):
+    with pytest.raises(
+        CheckpointError, match="expected a folder, a hub repository owner/name or 'h1r-pico'"
+    ):
         resolve(path)
 
 
@@ -86,7 +90,7 @@ def test_offline_cache(cache, sharded, config):
     assert resolve("owner/name", revision="v1") == snapshot
     assert resolve("owner/name", revision=COMMIT) == snapshot
     assert load("owner/name", revision="v1").source == snapshot
-    assert read_config("owner/name", revision="v1") == config
+    assert FalconH1Config.from_pretrained("owner/name", revision="v1") == config
     with pytest.raises(CheckpointError) as error:
         resolve("owner/name", revision="v2")
     for part in ("'owner/name'", "'v2'", "cache", "HF_HUB_OFFLINE"):

@@ -15,12 +15,12 @@ from checkpoint.tiny_checkpoints import (
     read_raw,
     write_checkpoint,
 )
-from models import make_config, make_model
+from models import load, make_config, make_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from falcon_h1r import FalconH1ForCausalLM
-from falcon_h1r.checkpoint import CheckpointError, load, read_generation_config, save, saver
+from falcon_h1r.checkpoint import CheckpointError, read_generation_config, save, saver
 
 
 def names(folder: Path) -> set[str]:

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 from checkpoint.tiny_checkpoints import assert_same_weights
-from models import VARIANTS, make_config, make_model, random_ids, relative_error
+from models import VARIANTS, load, make_config, make_model, random_ids, relative_error
 from transformers import AutoConfig, FalconH1ForCausalLM
 from witness import make_witness, witness_logits
 
-from falcon_h1r.checkpoint import load, save
+from falcon_h1r.checkpoint import save
 
 STORED = {"two_groups", "all_biases", "tied", "no_gated_norm", "d_ssm_null_auto_head"}
 # Both sides compute in float32 on float32 weights; sums are ordered differently.

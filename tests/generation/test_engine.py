@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import make_config, make_model, random_ids, rms_error, same_weights
+from models import load, make_config, make_model, random_ids, rms_error, same_weights
 from tiny_text import VOCAB_SIZE, build_backend
 
-from falcon_h1r.checkpoint import load
 from falcon_h1r.generation import Engine, SamplingParams, generate
 from falcon_h1r.generation.sampling import Sampler
 from falcon_h1r.ops import REFERENCE

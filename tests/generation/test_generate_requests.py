@@ -62,6 +62,7 @@ BAD_INPUTS = {
     "mask empty row": (ones(2, 2), masked([1, 1], [0, 0]), "prompt 1 has no tokens"),
     "too long": ([[1] * 501], {}, "501 tokens . max_new_tokens 12 = 513, more than .* 512"),
     "chunk": ([[1]], {"prefill_chunk": 0}, "prefill_chunk is 0"),
+    "chunk of a bool": ([[1]], {"prefill_chunk": True}, "prefill_chunk is True, expected None or"),
     "params": ([[1]], {"params": [SamplingParams(), SamplingParams()]}, "2 given for 1 prompts"),
     "stop": ([[1]], {"params": params(stop="x")}, "stop: needs a tokenizer"),
     "budget": ([[1]], {"params": params(thinking_budget=3)}, "thinking_budget: needs a tokenizer"),

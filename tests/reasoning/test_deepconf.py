@@ -115,7 +115,7 @@ def test_the_presets_are_the_papers():
         ({"eta": 101}, "eta is 101"),
         ({"eta": None}, "eta is None"),
         ({"eta": math.nan}, "eta is nan"),
-        ({"percentile": -1}, "percentile is -1, expected 0 <= percentile <= 100, or None"),
+        ({"percentile": -1}, "percentile is -1, expected None or 0 <= percentile <= 100"),
         ({"percentile_method": "hazen"}, "percentile_method is 'hazen'"),
         ({"tau": 0}, "tau is 0"),
         ({"tau": 1.01}, "tau is 1.01"),

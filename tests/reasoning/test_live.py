@@ -398,8 +398,9 @@ def test_an_engine_that_stands_still_is_an_error():
 
     with pytest.raises(RuntimeError, match="nothing to do"):
         LiveRun(Still(from_pools([make_pool(1, 14)])), [ask(PARAMS)]).run()
-    with pytest.raises(ValueError, match="most_open is 0"):
-        LiveRun(None, [], most_open=0)
+    for most_open in (0, True, 1.5):
+        with pytest.raises(ValueError, match=f"most_open is {most_open}, expected an integer >= 1"):
+            LiveRun(None, [], most_open=most_open)
     assert LiveRun(FakeEngine(None), []).run() is False
 
 

@@ -273,6 +273,24 @@ def test_replay_refuses(capsys, tmp_path, argv, message):
     assert not out.exists()
 
 
+def test_half_a_picture_is_not_left(capsys, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def full_disk(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    record_pool(make_pool(1, 8), tmp_path / "r")
+    picture = tmp_path / "x.png"
+    picture.write_bytes(b"old")
+    argv = ["replay", tmp_path / "r", "--policy", "majority", "--plot", picture]
+    status, _, err = run(capsys, *argv)
+    assert status == 2 and "No space left" in err
+    assert picture.read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r", "x.png"]
+
+
 def test_min_voters_reach_the_policies(capsys, tmp_path):
     import json
 

@@ -137,8 +137,9 @@ def test_what_a_record_cannot_tell_is_refused(tmp_path, stopped):
         replay(stopped, small(k=20))
     with pytest.raises(ValueError, match="order is 'live'"):
         replay(stopped, small(), order="live")
-    with pytest.raises(ValueError, match="parallel is 0"):
-        replay(stopped, small(), parallel=0)
+    for parallel in (0, True, 1.5):
+        with pytest.raises(ValueError, match=f"parallel is {parallel}, expected None or an int"):
+            replay(stopped, small(), parallel=parallel)
     assert replay(stopped, small()).all_tokens is None
     # A stricter policy stops before the recorded one did: the record is enough.
     strict = replay(stopped, small(eta=1.0))
@@ -222,7 +223,8 @@ def test_policies_by_name():
 
 def test_a_record_of_h1r_pico(tmp_path):
     """Real traces: what DeepConf decides from the model's own numbers, recorded and replayed."""
-    from falcon_h1r.checkpoint import load
+    from models import load
+
     from falcon_h1r.commands.common import locate
     from falcon_h1r.generation import SamplingParams, generate
     from falcon_h1r.reasoning import Manifest, TraceRecorder, token_confidence

@@ -550,7 +550,8 @@ def test_a_live_run_of_pico_is_its_replay(capsys, tmp_path):
     assert json.loads(json.dumps(replay(record, params).online.to_dict())) == result
     assert {trace["reason"] for trace in result["traces"]} == {"stop", "low_confidence"}
     # Confidences from full logits of the plain model, in float64.
-    from falcon_h1r.checkpoint import load
+    from models import load
+
     from falcon_h1r.text import load_tokenizer
 
     folder = common.locate("h1r-pico")

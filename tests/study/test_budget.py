@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from models import make_config, make_model, random_ids, rms_error, same_weights
+from models import load, make_config, make_model, random_ids, rms_error, same_weights
 
-from falcon_h1r.checkpoint import load
 from falcon_h1r.commands.common import locate
 from falcon_h1r.ops import REFERENCE, TORCH
 from falcon_h1r.study import budget as module

@@ -6,10 +6,17 @@ import math
 
 import pytest
 import torch
-from models import VARIANTS, make_config, make_model, random_ids, relative_error, same_weights
+from models import (
+    VARIANTS,
+    make_config,
+    make_model,
+    random_ids,
+    relative_error,
+    same_weights,
+    stream_modules,
+)
 
 from falcon_h1r import ops as operators
-from falcon_h1r.checkpoint import stream_modules
 from falcon_h1r.config import ConfigError, FalconH1Config
 from falcon_h1r.cpu.onednn import unusable, use_onednn
 from falcon_h1r.ops import REFERENCE

@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import make_config, make_model, random_ids
+from models import load, make_config, make_model, random_ids
 from tiny_cli import run, tiny_model, write_checkpoint
 
-from falcon_h1r.checkpoint import load
 from falcon_h1r.commands.common import locate
 from falcon_h1r.ops import TORCH
 from falcon_h1r.study import diagnose

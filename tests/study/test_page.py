@@ -8,10 +8,9 @@ import browser
 import numpy
 import pytest
 import torch
-from models import make_config, make_model, random_ids
+from models import load, make_config, make_model, random_ids
 from tiny_cli import run, write_checkpoint
 
-from falcon_h1r.checkpoint import load
 from falcon_h1r.commands.common import locate
 from falcon_h1r.study.dissect import dissect
 from falcon_h1r.study.page import MOST_TOKENS, QUANTILES, page, write_page

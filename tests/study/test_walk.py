@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from models import make_config, make_model, random_ids
+from models import make_config, make_model, random_ids, stream_modules
 from tiny_cli import run, write_checkpoint
 
-from falcon_h1r.checkpoint import stream_modules
 from falcon_h1r.study.walk import render, walk
 from falcon_h1r.taps import full_names, record
 
