@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import attention, conv, mlp, norm, rope, ssd
-
-NAMES = ("reference", "torch", "triton")
+from .table_names import NAMES
 
 
 class Ops(NamedTuple):

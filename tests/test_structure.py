@@ -18,7 +18,7 @@ PACKAGE = ROOT / "falcon_h1r"
 
 # A room may import rooms above it. A name may be a file or a folder of falcon_h1r/.
 ROOMS = [
-    ["inductor", "precision", "presets"],
+    ["inductor", "precision", "presets", "table_names"],
     ["config", "norm", "rope"],
     ["attention", "conv", "ssd", "mlp", "cost"],
     ["mamba2"],

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from .common import DEFAULT_MODEL, DTYPES, locate
+from .common import DTYPES, add_model_argument, locate, model_argument
 
 GGUF_DTYPES = ("float32", "bfloat16")
 
@@ -20,13 +20,7 @@ def add_to(commands) -> None:
         "as a checkpoint folder in another dtype or folded. Nothing half-written is left behind.",
     )
     add = parser.add_argument
-    add(
-        "model",
-        nargs="?",
-        default=DEFAULT_MODEL,
-        metavar="MODEL",
-        help="checkpoint folder or hub repository id; default: the embedded h1r-pico",
-    )
+    add_model_argument(parser, "MODEL", "checkpoint folder or hub repository id")
     add("--to", choices=("gguf", "safetensors"), required=True, help="what is written")
     add("--out", type=Path, required=True, metavar="PATH", help="the file or folder to write")
     add(
@@ -41,7 +35,6 @@ def add_to(commands) -> None:
         help="GGUF: leave the tokenizer out; the file then takes token ids only",
     )
     add("--force", action="store_true", help="replace what is at PATH, if it is of that kind")
-    add("--revision", help="branch, tag or commit of a hub repository")
     add("--json", action="store_true", help="one JSON document on stdout in place of a line")
     parser.set_defaults(run=run)
 
@@ -52,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoint import fold_multipliers, inspect, load, resolve, save, save_gguf
     from ..checkpoint.errors import CheckpointError
 
+    args.model = model_argument(args)
     args.out = args.out.expanduser()
     _check(args)
     folder = resolve(locate(args.model, args.revision), args.revision)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .think import INTERRUPTED, say, start_engine, start_question
+from .think_run import INTERRUPTED, say, start_engine, start_question
 from .think_setup import Asked, Setup
 from .think_view import View, short
 

@@ -15,8 +15,10 @@ from reasoning.synthetic import make_pool, pool_of
 from tiny_cli import Terminal, interrupting, run
 
 from falcon_h1r.commands import common, think_view
+from falcon_h1r.ops import TORCH
 from falcon_h1r.reasoning import (
     DeepConf,
+    Equality,
     LiveRun,
     Offline,
     OnlinePolicy,
@@ -46,7 +48,12 @@ def faked(monkeypatch):
         return state.engine
 
     monkeypatch.setattr("falcon_h1r.generation.Engine", engine)
-    monkeypatch.setattr(common, "load_model", lambda args: "the model")
+
+    def load_model(args):
+        common.settle_device(args)
+        return SimpleNamespace(dtype=torch.float32, ops=TORCH)
+
+    monkeypatch.setattr(common, "load_model", load_model)
     return state
 
 
@@ -57,7 +64,10 @@ ASK = ["think", QUESTION, *NUMBERS, "--seed", 0]
 
 
 def expected(pool, params=PARAMS, rows=14, seed=0):
-    policy = OnlinePolicy(params, seed=seed, extractor="boxed", stop_token_ids=(11, 228))
+    exact = Equality("exact")
+    policy = OnlinePolicy(
+        params, seed=seed, equality=exact, extractor="boxed", stop_token_ids=(11, 228)
+    )
     question = Question([1], policy)
     LiveRun(FakeEngine(lambda prompt, s: pool[s - seed], max_rows=rows), [question]).run()
     return policy.result()
@@ -109,8 +119,8 @@ def test_json(capsys, faked, tmp_path):
     result = expected(faked.pools[0])
     assert status == 0 and set(document) == set(
         "model question prompt prompt_tokens answer reference right extractor rule sampling seeds "
-        "tokens estimated_tokens_of_all estimated_saved seconds tokens_per_second plan record "
-        "result".split()
+        "votes tokens estimated_tokens_of_all estimated_saved seconds tokens_per_second plan "
+        "record result".split()
     )
     assert document["model"] == "h1r-pico" and document["question"] == QUESTION
     assert QUESTION in document["prompt"] and document["prompt"].endswith("assistant\n")
@@ -388,6 +398,7 @@ def test_refusals_before_the_weights_are_read(capsys, tmp_path, monkeypatch, arg
         (tmp_path / name).write_text(content)
     places = {"HELD": held, "REC": tmp_path / "rec", **{n: tmp_path / n for n in contents}}
     monkeypatch.setattr(common, "load_model", lambda args: pytest.fail("the weights were read"))
+    monkeypatch.setattr(sys, "stdin", Terminal())
     status, out, err = run(capsys, "think", *(places.get(a, a) for a in argv))
     assert (status, out) == (2, "")
     assert err.startswith("falcon-h1r: error: ") and message in err and err.count("\n") == 1
@@ -456,7 +467,7 @@ def test_the_table_of_running_traces(monkeypatch):
         ["4", "3", "6.000", "6.000", "5", "end token"],
         ["2", "2", "2.000", "2.000", "-", "low confidence"],
         ["1", "4", "5.000", "5.000", "5", "end token"],
-        ["0", "4", "3.000", "3.000", "5", "end token"],
+        ["0", "4", "3.000", "3.000", "5", "end token, low"],
     ]
     assert max(map(len, table.splitlines())) <= 60
     rows = think_view.trace_rows(run.open[0], lambda number: None, 9)
@@ -498,7 +509,8 @@ def test_a_live_view_on_a_terminal(capsys, faked, monkeypatch):
 def test_status_lines_elsewhere(capsys, faked, monkeypatch):
     monkeypatch.setattr(think_view, "REPORT", 0.0)
     _, _, err = run(capsys, *ASK)
-    lines = err.splitlines()
+    header, *lines = err.splitlines()
+    assert header == "[h1r-pico on cpu: float32, torch operators]"
     assert lines[0].startswith("[4 running, 4 of 14 begun; 4 tokens")
     assert sum(line.startswith("[threshold ") for line in lines) == 1
     assert all("\r" not in line and line.startswith("[") for line in lines)
