@@ -4,11 +4,8 @@ A name is imported when it is first used, so that the command line answers `--he
 errors without the seconds that importing torch takes.
 """
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # for editors and type checkers
+TYPE_CHECKING = False  # as in typing, which takes as long to import as all that stands here
+if TYPE_CHECKING:  # for editors
     from .cache import Cache as Cache
     from .checkpoint import CheckpointError as CheckpointError
     from .config import ConfigError as ConfigError
@@ -36,6 +33,9 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str):
+    from importlib import import_module
+    from importlib.util import find_spec
+
     if name in _MODULES:
         value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         globals()[name] = value

@@ -7,8 +7,12 @@ left; `parity`, `doctor` and `bench` have 1 for what they find.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+
+TYPE_CHECKING = False  # Ctrl-C is heard once `main` runs: nothing slow is imported before
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 
@@ -34,14 +38,16 @@ def build_parser():
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (`--help` and bad options raise SystemExit)."""
+    before = None
     try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread():
+            before = signal.signal(signal.SIGINT, _interrupt)
         args = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
         status = args.run(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        # A terminal has shown ^C in the line that is being written.
-        print(f"{chr(10) * sys.stderr.isatty()}falcon-h1r: interrupted", file=sys.stderr)
+        print(_interrupted_line(), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # What is still buffered would raise again when the interpreter closes stdout.
@@ -52,3 +58,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(error_line(str(error)), file=sys.stderr)
         return 2
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _interrupt(signum, frame):
+    """Ctrl-C. In an import it ends the program here: packages catch the exception, and go on."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{_interrupted_line()}\n".encode())
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _interrupted_line() -> str:
+    # A terminal has shown ^C in the line that is being written.
+    return ("\n" if sys.stderr.isatty() else "") + "falcon-h1r: interrupted"

@@ -90,6 +90,25 @@ def test_imports_go_one_way():
     assert not wrong, wrong
 
 
+def imported_siblings(path: Path) -> set[str]:
+    """Files of its own folder that a file imports, function bodies included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            module = (node.module or "").split(".")[0]
+            names |= {module} if module else {alias.name for alias in node.names}
+    return {name for name in names if (path.parent / f"{name}.py").is_file()}
+
+
+@pytest.mark.parametrize("room", ["commands"])
+def test_no_import_circle_in_a_room(room):
+    waiting = {path.stem: imported_siblings(path) for path in (PACKAGE / room).glob("*.py")}
+    while free := [name for name, needs in waiting.items() if not needs & set(waiting)]:
+        for name in free:
+            del waiting[name]
+    assert not waiting, f"import circles among {sorted(waiting)}"
+
+
 def test_kernels_never_import_the_model():
     for path in (ROOT / "kernels").rglob("*.py"):
         names = [

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..text import Tokenizer
 
 DEFAULT_MODEL = "h1r-pico"
+INTERRUPTED = 130  # exit status after Ctrl-C
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Without a word from the user or the checkpoint: enough for a short trace, cut to what fits.
 MAX_NEW_TOKENS = 1024

@@ -14,8 +14,6 @@ from . import common
 from .prompt import add_prompt_options, check_system, opens_thinking, read_prompt, render
 from .terminal import Display
 
-INTERRUPTED = 130
-
 
 def add_to(commands) -> None:
     parser = commands.add_parser(
@@ -107,7 +105,7 @@ def _generate(args, model, tokenizer, rendered: str, ids: list[int], params) -> 
         f"seed {out.seeds[0]}; {', '.join(out.finish_reasons)}]",
         file=sys.stderr,
     )
-    return INTERRUPTED if interrupted else 0
+    return common.INTERRUPTED if interrupted else 0
 
 
 def _document(args, rendered: str, params, out, timing: dict[str, float]) -> dict[str, Any]:

@@ -52,16 +52,22 @@ class Parser(argparse.ArgumentParser):
             message += self._hint_of_choice(*found.groups())
         elif message.endswith("expected one argument"):
             message += '; a text that begins with "-" goes behind "=", as in --prompt="-1"'
+        elif self.prompt and f"argument {self.prompt}: not allowed with" in message:
+            message += "; quote a text of several words"
         self.exit(2, f"{error_line(message)}\n")
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:
         """Unknown options, before argparse asks for options that are missing."""
         known = self._option_string_actions
+        before = None
         for word in args:
+            before, last = word, before
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
                 return  # the rest is text, or another parser's
             if not word.startswith("-") or word == "-" or " " in word or _NUMBER.fullmatch(word):
                 continue
+            if last in known and known[last].nargs is None:
+                continue  # in place of the value of an option: argparse says so
             name = word.partition("=")[0]
             if name in known or (not name.startswith("--") and name[:2] in known):
                 continue

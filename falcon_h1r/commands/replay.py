@@ -8,8 +8,7 @@ import sys
 from dataclasses import replace as changed
 
 from .common import counting
-
-_LONGEST = 24  # characters of an answer in the table
+from .think_view import short
 
 
 def add_to(commands) -> None:
@@ -289,7 +288,7 @@ def _render(table: list[dict], records) -> str:
         lines.append(
             [
                 row["policy"],
-                _short(answer) if one else answered,
+                short(answer, "none") if one else answered,
                 _right(results, one),
                 str(tokens),
                 f"{100 * tokens / all_tokens:.1f} %" if all_tokens else "-",
@@ -301,13 +300,6 @@ def _render(table: list[dict], records) -> str:
     text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines]
     reasons = dict.fromkeys(row["refused"] for row in table if row["refused"])
     return "\n".join([*text, *(f"-: {reason}" for reason in reasons)])
-
-
-def _short(answer: str | None) -> str:
-    if answer is None:
-        return "none"
-    line = " ".join(answer.split())
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
 
 
 def _right(results, one: bool) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import common
 from .prompt import add_prompt_options
-from .think_run import INTERRUPTED, say, start_engine, start_question, votes
+from .think_run import say, start_engine, start_question, votes
 from .think_setup import Asked, Setup, memory_size, prepare
 
 ROWS = 64
@@ -189,7 +189,7 @@ def _run_one(args: argparse.Namespace, setup: Setup, asked: Asked) -> int:
             equality=setup.equality,
         )
         say(args, f"picture: {args.plot}")
-    return INTERRUPTED if interrupted else 0
+    return common.INTERRUPTED if interrupted else 0
 
 
 def _document(args, setup: Setup, asked: Asked, question, engine, right: bool | None) -> dict:

@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .think_run import INTERRUPTED, say, start_engine, start_question
+from .common import INTERRUPTED
+from .think_run import say, start_engine, start_question
 from .think_setup import Asked, Setup
 from .think_view import View, short
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from . import common
 from .think_setup import Asked, Setup
 
-INTERRUPTED = 130
-
 
 def say(args: argparse.Namespace, *notes: str) -> None:
     for note in notes:
