@@ -131,6 +131,17 @@ def test_the_header_says_why_a_gpu_is_not_taken(capsys, checkpoint, monkeypatch)
     )
 
 
+def test_a_long_compile_is_announced_before_it_begins(capsys):
+    class Model:
+        def new_cache(self, rows, length):
+            assert capsys.readouterr().err == f"[{common.COMPILING}]\n"
+            raise ValueError("enough")
+
+    args = build_parser().parse_args(["generate", "x", "--compile"])
+    with pytest.raises(ValueError, match="enough"):
+        common.compile_step(args, Model(), 1)
+
+
 @pytest.mark.parametrize(
     ("environment", "styled", "rewritten"),
     [

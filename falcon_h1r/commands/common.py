@@ -242,6 +242,8 @@ def describe(args: argparse.Namespace, model) -> str:
     table = args.ops or ("torch" if model.ops is TORCH else "triton")
     dtype = str(model.dtype).removeprefix("torch.")
     text = f"{args.model} on {args.device}: {dtype}, {table} operators"
+    if table == "triton" and os.environ.get("TRITON_INTERPRET"):
+        text += ", interpreted and slow"
     if args.device == "cpu" and torch.cuda.is_available() and (reason := _bound_to_cpu(args)):
         text += f"; {reason}"
     return text

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .common import INTERRUPTED
-from .think_run import say, start_engine, start_question
+from .think_run import say, start_engine, start_question, votes
 from .think_setup import Asked, Setup
 from .think_view import View, short
 
@@ -95,6 +95,7 @@ def _finished(args: argparse.Namespace, setup: Setup, asked: Asked) -> dict | No
         "right": _right(setup, asked, end["answer"]),
         "done": end["done"],
         "traces": len(record.traces),
+        "voted": end.get("voted"),  # older records do not say
         "tokens": record.tokens,
         "seconds": end["seconds"],
         "record": str(asked.folder),
@@ -129,6 +130,7 @@ def _row(setup: Setup, asked: Asked, question) -> dict:
         "right": _right(setup, asked, result.answer),
         "done": result.done,
         "traces": len(result.traces),
+        "voted": votes(result)["voted"],
         "tokens": result.tokens,
         "seconds": question.seconds,
         "record": None if asked.folder is None else str(asked.folder),
@@ -137,8 +139,11 @@ def _row(setup: Setup, asked: Asked, question) -> dict:
 
 def line_of(row: dict) -> str:
     judged = {None: "", True: ", right", False: ", wrong"}[row["right"]]
+    traces = f"{row['traces']} traces"
+    if row["voted"] is not None:
+        traces = f"{row['voted']} of {traces} voted"
     return (
-        f"{row['name']}: {short(row['answer'], 'no answer')}{judged}; {row['traces']} traces, "
+        f"{row['name']}: {short(row['answer'], 'no answer')}{judged}; {traces}, "
         f"{row['tokens']:,} tokens; {row['done']}"
     )
 

@@ -112,6 +112,13 @@ def test_engine_options(capsys, faked):
     assert options["prefill_chunk"] == 7 and options["tokenizer"] is not None
 
 
+def test_a_long_compile_is_announced(capsys, faked):
+    assert "compiling" not in run(capsys, *ASK)[2]
+    status, _, err = run(capsys, *ASK, "--compile")
+    assert status == 0 and f"[{common.COMPILING}]" in err and faked.options["graph"] is True
+    assert run(capsys, *ASK, "--compile", "--quiet")[2] == ""
+
+
 def test_json(capsys, faked, tmp_path):
     argv = ["--json", "--reference", "6", "--record", tmp_path / "r", "--temperature", 0.7]
     status, out, _ = run(capsys, *ASK, *argv)
@@ -126,6 +133,14 @@ def test_json(capsys, faked, tmp_path):
     assert QUESTION in document["prompt"] and document["prompt"].endswith("assistant\n")
     assert document["answer"] == result.answer and document["right"] is False
     assert document["result"] == json.loads(json.dumps(result.to_dict()))
+    votes = document["votes"]
+    assert votes["voted"] == sum(len(c.traces) for c in result.vote.candidates) > 0
+    assert (
+        votes["traces"]
+        == len(result.traces)
+        == sum(votes[name] for name in ("ended", "stopped", "cut"))
+    )
+    assert votes["stopped"] == result.count("low_confidence") > 0
     assert document["tokens"] == result.tokens and document["seeds"] == list(
         range(len(result.traces))
     )
@@ -183,6 +198,9 @@ def test_plain_sampling(capsys, faked, tmp_path, name, eta):
     assert (result["answer"], result["tokens"]) == (replayed.answer, replayed.tokens)
     candidates = [dict(c._asdict(), traces=list(c.traces)) for c in replayed.vote.candidates]
     assert result["vote"]["candidates"] == candidates
+    votes = json.loads(out)["votes"]
+    assert votes["voted"] == sum(len(c["traces"]) for c in candidates)
+    assert (votes["left_out"] > 0) == (eta is not None) and votes["stopped"] == votes["cut"] == 0
     assert read_record(tmp_path / "r").manifest.policy is None
 
 
@@ -245,6 +263,17 @@ def test_no_answer(capsys, faked):
     status, out, _ = run(capsys, *argv, "--eta", 1)
     assert status == 0 and "no trace with a vote gave one; below the threshold 1 was the" in out
     assert "10 low confidence" in out and "the budget is used up" in out
+    assert "0 of 14 traces voted: 4 came to their end, 3 of them with an answer, 3 of those" in out
+    votes = json.loads(run(capsys, *argv, "--eta", 1, "--json")[1])["votes"]
+    assert votes == {
+        "traces": 14,
+        "voted": 0,
+        "ended": 4,
+        "answered": 3,
+        "left_out": 3,
+        "stopped": 10,
+        "cut": 0,
+    }
 
 
 def questions_file(path, count=5, **more):
@@ -273,7 +302,9 @@ def test_many_questions(capsys, faked, tmp_path):
         assert record.manifest.seed == 14 * i and record.manifest.question == f"What is {i}+{i}?"
         assert replay(record, PARAMS).online.to_dict() == result.to_dict()
         right, tokens = right + row["right"], tokens + row["tokens"]
+        assert row["voted"] == sum(len(c.traces) for c in result.vote.candidates)
         assert f"[{row['name']}: {row['answer']}, " in err
+        assert f"; {row['voted']} of {row['traces']} traces voted, {row['tokens']:,} tok" in err
     assert (document["right"], document["judged"], document["tokens"]) == (right, 5, tokens)
     assert document["accuracy"] == right / 5 and document["tokens_made"] == tokens
     assert document["interval_95"] == list(wilson_interval(right, 5))
