@@ -6,6 +6,7 @@ left; `parity`, `doctor` and `bench` have 1 for what they find.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ TYPE_CHECKING = False  # Ctrl-C is heard once `main` runs: nothing slow is impor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-INTERRUPTED, BROKEN_PIPE = 130, 141
+REFUSED, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
 def build_parser():
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread():
             before = signal.signal(signal.SIGINT, _interrupt)
+        _prepare_output()
         args = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
         status = args.run(args)
         sys.stdout.flush()
@@ -54,13 +56,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
-        from .commands.grammar import error_line
-
-        print(error_line(str(error)), file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except MemoryError as error:
+        return _refuse(f"out of memory {error}")
+    except RuntimeError as error:
+        # As torch says it of a GPU and of a CPU, in the first of many lines.
+        reason = next(iter(str(error).splitlines()), "")
+        if "out of memory" in reason or "can't allocate memory" in reason:
+            return _refuse(f"out of memory: {reason}")
+        raise
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
+
+
+def _refuse(message: str) -> int:
+    from .commands.grammar import error_line
+
+    print(error_line(message), file=sys.stderr)
+    return REFUSED
+
+
+def _prepare_output() -> None:
+    """Closed streams, and characters that stdout has no code for."""
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()  # print would write to stdout
+    if sys.stdout is None:
+        raise ValueError("stdout is closed")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _in_main_thread() -> bool:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_cli import run
 
 import falcon_h1r
@@ -172,6 +173,41 @@ def test_ctrl_c_while_weights_are_read_is_one_line(capsys, monkeypatch):
     handler = signal.getsignal(signal.SIGINT)
     assert run(capsys, "generate", "x") == (cli.INTERRUPTED, "", "falcon-h1r: interrupted\n")
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate.\nSee there"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_line(capsys, monkeypatch, error):
+    def load_model(args):
+        raise error
+
+    monkeypatch.setattr(common, "load_model", load_model)
+    status, out, err = run(capsys, "generate", "x")
+    assert (status, out) == (2, "") and err.startswith("falcon-h1r: error: out of memory")
+    assert err.count("\n") == 1
+    error = RuntimeError("a fault of the program")
+    with pytest.raises(RuntimeError, match="a fault"):
+        run(capsys, "generate", "x")
+
+
+@pytest.mark.parametrize(
+    ("closed", "status", "out", "err"),
+    [
+        (">&-", 2, "", "falcon-h1r: error: stdout is closed\n"),
+        ("2>&-", 2, "", ""),  # not a word in place of the answer
+    ],
+)
+def test_closed_streams(closed, status, out, err):
+    command = f"exec {sys.executable} -m falcon_h1r generate '' {closed}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
 
 
 def test_the_package_imports_its_names_when_they_are_used():

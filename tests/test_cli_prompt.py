@@ -11,7 +11,7 @@ from tiny_cli import Terminal, run, write_checkpoint
 from falcon_h1r.cli import build_parser
 from falcon_h1r.commands import common
 from falcon_h1r.commands.prompt import read_prompt
-from falcon_h1r.commands.terminal import Display, progress
+from falcon_h1r.commands.terminal import Display, print_json, progress
 
 READERS = {"generate": "prompt", "think": "question", "walk": "prompt", "dissect": "prompt"}
 every_reader = pytest.mark.parametrize("command", READERS)
@@ -63,8 +63,34 @@ def test_every_command_refuses_a_missing_prompt_in_the_same_words(
         assert (status, out) == (2, "") and message in err and err.count("\n") == 1, argv
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
     assert "stdin is no utf-8 text" in run(capsys, command)[2]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\udcff"))  # of a stream that escapes bytes
+    assert "stdin is no UTF-8 text" in run(capsys, command)[2]
     monkeypatch.setattr(sys, "stdin", None)
     assert "stdin is closed" in run(capsys, command, "-")[2]
+
+
+def test_half_a_character_is_refused_everywhere(capsys, checkpoint, tmp_path, monkeypatch):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "\\ud800"}')
+    for argv in (
+        ["generate", "x", "--system", "\udcff"],
+        ["chat", "--system", "\udcff"],
+        ["think", "--questions", file],
+    ):
+        status, out, err = run(capsys, *argv)
+        assert (status, out) == (2, "") and "is no UTF-8 text" in err and err.count("\n") == 1
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\udcff\n"))
+    status, _, err = run(capsys, "chat", "--model", checkpoint)
+    assert status == 0 and "error: the message is no UTF-8 text" in err
+
+
+def test_json_is_ascii_where_stdout_has_no_other_codes(monkeypatch):
+    for encoding, text in (("ascii", "\\u00e9"), ("cp1252", "\\u00e9"), ("utf-8", "é")):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        print_json({"text": "é"})
+        stdout.flush()
+        assert stdout.buffer.getvalue().decode("utf-8") == f'{{"text": "{text}"}}\n'
 
 
 @pytest.mark.parametrize("command", ["generate", "think"])

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 from . import common
-from .prompt import opens_thinking
+from .prompt import opens_thinking, require_text
 from .terminal import Display
 
 HELP = "/system TEXT sets the system message (nothing: none), /reset forgets all turns, /exit ends"
@@ -29,6 +29,8 @@ def add_to(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.system is not None:
+        require_text("--system", args.system)
     request = common.prepare(args)
     if not request.tokenizer.chat_templates:
         raise ValueError("chat: this checkpoint has no chat template")
@@ -146,6 +148,7 @@ class Conversation:
         """
         from ..generation import stream
 
+        require_text("the message", text)
         messages = [*self._messages, {"role": "user", "content": text}]
         rendered = self._tokenizer.apply_chat_template(messages)
         ids = self._tokenizer.encode(rendered, add_special_tokens=False)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 from .common import DTYPES, add_model_argument, locate, model_argument
+from .terminal import print_json
 
 GGUF_DTYPES = ("float32", "bfloat16")
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     size = _size(args.out)
     if args.json:
         written = {"out": str(args.out), "format": args.to, "dtype": kind, "bytes": size}
-        print(json.dumps(written | {"notes": notes}))
+        print_json(written | {"notes": notes})
     else:
         details = ", ".join([f"{size / 1e6:,.1f} MB", kind, *notes])
         print(f"{args.model} -> {args.out}: {args.to}, {details}")

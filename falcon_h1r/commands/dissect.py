@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from .common import add_checkpoint_options, describe, locate, operator_table
 from .prompt import add_prompt_options
-from .terminal import progress
+from .terminal import print_json, progress
 from .walk import encode, stream
 
 NEW_TOKENS = 48
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         document = {"model": args.model, "prompt": rendered, "prompt_tokens": len(ids)}
         document |= {"tokens": [tokenizer.decode([i]) for i in both], **found.to_dict()}
-        print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+        print_json(document)
     if out is not None:
         name = Path(args.model).name or args.model
         html = page(found, tokenizer, model=name, prompt_tokens=len(ids), title=prompt)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 from . import common
 from .prompt import add_prompt_options, check_system, opens_thinking, read_prompt, render
-from .terminal import Display
+from .terminal import Display, print_json
 
 
 def add_to(commands) -> None:
@@ -88,7 +87,7 @@ def _generate(args, model, tokenizer, rendered: str, ids: list[int], params) -> 
     if args.json:
         timing = {"prefill_s": first - start, "decode_s": end - first}
         document = _document(args, rendered, params, out, timing)
-        print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+        print_json(document)
     elif display is not None:
         display.close(out.texts[0])
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from .common import (
     model_argument,
 )
 from .grammar import nearest
+from .terminal import print_json
 
 
 def add_to(commands) -> None:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         options["bandwidth"] = args.bandwidth * 1e9
     values = sheet(config, getattr(torch, args.dtype), **options)
     if args.json:
-        print(json.dumps({"model": args.model, **values}))
+        print_json({"model": args.model, **values})
     else:
         print(render(args.model, values))
     return 0

@@ -62,7 +62,16 @@ def read_prompt(args: argparse.Namespace, name: str = "prompt", example: str | N
         place = f"the {name}"
     if not text.strip():
         raise ValueError(f"{place} is empty" + (f": no {name}" if place == "stdin" else ""))
+    require_text(place, text)
     return text
+
+
+def require_text(name: str, text: str) -> None:
+    """ValueError for what is no Unicode text: bytes of another encoding, half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is no UTF-8 text: {error.object[error.start]!r} in it") from error
 
 
 def _is_piped() -> bool:
@@ -93,8 +102,10 @@ def _read_file(path: str) -> str:
 
 
 def check_system(args: argparse.Namespace) -> None:
-    if args.system is not None and args.raw:
-        raise ValueError("--system: not with --raw, which has no chat template")
+    if args.system is not None:
+        require_text("--system", args.system)
+        if args.raw:
+            raise ValueError("--system: not with --raw, which has no chat template")
 
 
 def render(

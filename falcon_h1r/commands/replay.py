@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace as changed
 
 from .common import counting
+from .terminal import print_json
 from .think_view import short
 
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     for name, eta in _names(args, records):
         table.append(_row(args, name, eta, records, equalities))
     if args.json:
-        print(json.dumps(_document(args, records, equalities, table), allow_nan=False))
+        print_json(_document(args, records, equalities, table))
     else:
         print(_render(table, records))
     if args.plot is not None:

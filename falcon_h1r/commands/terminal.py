@@ -6,6 +6,7 @@ where NO_COLOR is not set (https://no-color.org).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -22,6 +23,13 @@ def can_rewrite(out: TextIO) -> bool:
 def can_style(out: TextIO) -> bool:
     """Whether text may be dimmed or coloured."""
     return can_rewrite(out) and not os.environ.get("NO_COLOR")
+
+
+def print_json(document: dict) -> None:
+    """One line on stdout, in ASCII where stdout has no code for other characters."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    ascii_only = not encoding.lower().startswith("utf")
+    print(json.dumps(document, ensure_ascii=ascii_only, allow_nan=False))
 
 
 def progress(text: str, out: TextIO | None = None) -> None:

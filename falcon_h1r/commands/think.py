@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
 from . import common
 from .prompt import add_prompt_options
+from .terminal import print_json
 from .think_run import say, start_engine, start_question, votes
 from .think_setup import Asked, Setup, memory_size, prepare
 
@@ -171,7 +171,7 @@ def _run_one(args: argparse.Namespace, setup: Setup, asked: Asked) -> int:
         right = result.answer is not None and setup.equality.same(asked.reference, result.answer)
     if args.json:
         document = _document(args, setup, asked, question, engine, right)
-        print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+        print_json(document)
     elif args.quiet:
         print("no answer" if result.answer is None else result.answer)
     else:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from .common import INTERRUPTED
+from .terminal import print_json
 from .think_run import say, start_engine, start_question, votes
 from .think_setup import Asked, Setup
 from .think_view import View, short
@@ -55,7 +55,7 @@ def run_many(args: argparse.Namespace, setup: Setup) -> int:
     if args.json:
         document["plan"] = None if plan is None else {**plan._asdict(), "text": str(plan)}
         document["policy"] = setup.params.to_dict()
-        print(json.dumps({**document, "questions": table}, ensure_ascii=False, allow_nan=False))
+        print_json({**document, "questions": table})
     else:
         print(render(document))
     return INTERRUPTED if interrupted else 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 
 from .common import add_checkpoint_options, describe, locate, operator_table, settle_device
 from .prompt import add_prompt_options, read_prompt, render
+from .terminal import print_json
 
 
 def add_to(commands) -> None:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
                 limit = [bound if math.isfinite(bound) else None for bound in limit]
                 value["multipliers"]["time_step_limit"] = limit
         document = {"model": args.model, "prompt": rendered, "ids": ids, "walk": values}
-        print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+        print_json(document)
     else:
         print(render(steps))
     return 0
