@@ -1,34 +1,36 @@
 """The command line: `falcon-h1r COMMAND`, the same as `python -m falcon_h1r COMMAND`.
 
 Exit status: 0 done, 2 refused (one line on stderr), 130 ended by Ctrl-C, 141 the reader of stdout
-left.
+left; `parity`, `doctor` and `bench` have 1 for what they find.
 """
 
 from __future__ import annotations
 
-import argparse
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
 
-from .commands import COMMANDS
+TYPE_CHECKING = False  # Ctrl-C is heard once `main` runs: nothing slow is imported before
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-INTERRUPTED, BROKEN_PIPE = 130, 141
-
-
-class _Parser(argparse.ArgumentParser):
-    """Refuses in one line, and takes no abbreviated options: scripts break when one is added."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str):
-        self.exit(2, f"{_error_line(message)}\n")
+REFUSED, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser():
     """The parser of all commands; each sets `run`, a function of the parsed arguments."""
-    parser = _Parser(prog="falcon-h1r", description="Falcon-H1 and Falcon-H1R models in PyTorch.")
+    from . import __version__
+    from .commands import COMMANDS
+    from .commands.grammar import Parser
+
+    parser = Parser(
+        prog="falcon-h1r",
+        description="Falcon-H1 and Falcon-H1R models in PyTorch.",
+        epilog="falcon-h1r COMMAND --help lists a command's options; for example: falcon-h1r "
+        'generate "What is 2+3?"',
+    )
+    parser.add_argument("--version", action="version", version=f"falcon-h1r {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     for add_to in COMMANDS:
         add_to(commands)
@@ -37,21 +39,70 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (`--help` and bad options raise SystemExit)."""
-    args = build_parser().parse_args(argv)
+    before = None
     try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread():
+            before = signal.signal(signal.SIGINT, _interrupt)
+        _prepare_output()
+        args = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
         status = args.run(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        print(_interrupted_line(), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # What is still buffered would raise again when the interpreter closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
-        print(_error_line(str(error)), file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except MemoryError as error:
+        return _refuse(f"out of memory {error}")
+    except RuntimeError as error:
+        # As torch says it of a GPU and of a CPU, in the first of many lines.
+        reason = next(iter(str(error).splitlines()), "")
+        if "out of memory" in reason or "can't allocate memory" in reason:
+            return _refuse(f"out of memory: {reason}")
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
-def _error_line(message: str) -> str:
-    return f"falcon-h1r: error: {' '.join(message.split())}"
+def _refuse(message: str) -> int:
+    from .commands.grammar import error_line
+
+    print(error_line(message), file=sys.stderr)
+    return REFUSED
+
+
+def _prepare_output() -> None:
+    """Closed streams, and characters that stdout has no code for."""
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()  # print would write to stdout
+    if sys.stdout is None:
+        raise ValueError("stdout is closed")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _interrupt(signum, frame):
+    """Ctrl-C. In an import it ends the program here: packages catch the exception, and go on."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{_interrupted_line()}\n".encode())
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _interrupted_line() -> str:
+    # A terminal has shown ^C in the line that is being written.
+    return ("\n" if sys.stderr.isatty() else "") + "falcon-h1r: interrupted"

@@ -17,8 +17,7 @@ import torch
 
 from . import attention, conv, mlp, norm, rope, scan, ssd
 from .cpu import inductor
-
-NAMES = ("reference", "torch", "inductor", "triton")
+from .table_names import NAMES
 
 
 class Ops(NamedTuple):

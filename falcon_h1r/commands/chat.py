@@ -9,6 +9,8 @@ import time
 from dataclasses import replace
 
 from . import common
+from .prompt import opens_thinking, require_text
+from .terminal import Display
 
 HELP = "/system TEXT sets the system message (nothing: none), /reset forgets all turns, /exit ends"
 
@@ -27,10 +29,13 @@ def add_to(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.system is not None:
+        require_text("--system", args.system)
     request = common.prepare(args)
     if not request.tokenizer.chat_templates:
         raise ValueError("chat: this checkpoint has no chat template")
     model = common.load_model(args)
+    print(f"[{common.describe(args, model)}]", file=sys.stderr, flush=True)
     chat = Conversation(
         model,
         request.tokenizer,
@@ -45,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401
 
-        print(f"{args.model}: {HELP}", file=sys.stderr)
+        print(HELP, file=sys.stderr)
     while True:
         try:
             line = input("> " if typed else "").strip()
@@ -78,7 +83,7 @@ def _turn(chat: Conversation, line: str) -> None:
     except KeyboardInterrupt:
         print("[interrupted while reading the prompt]", file=sys.stderr)
         return
-    display = common.Display(sys.stdout, answer.opened)
+    display = Display(sys.stdout, answer.opened)
     try:
         for step in answer.run:
             if step.position == 0:
@@ -143,6 +148,7 @@ class Conversation:
         """
         from ..generation import stream
 
+        require_text("the message", text)
         messages = [*self._messages, {"role": "user", "content": text}]
         rendered = self._tokenizer.apply_chat_template(messages)
         ids = self._tokenizer.encode(rendered, add_special_tokens=False)
@@ -165,7 +171,7 @@ class Conversation:
         )
         self._messages = messages
         self._turns += 1
-        opened = common.opens_thinking(rendered)
+        opened = opens_thinking(rendered)
         return Answer(run, cache, ids, opened, reused, comparable)
 
     def keep(self, answer: Answer):

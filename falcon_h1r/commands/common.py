@@ -1,32 +1,40 @@
-"""What the commands share: options, loading with a progress bar, sampling defaults, output."""
+"""What the commands share: options, the device, loading with a progress bar, sampling defaults."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..table_names import CPU_ONLY, NAMES
+from .terminal import can_rewrite
 
 if TYPE_CHECKING:
     from ..generation import SamplingParams
     from ..text import Tokenizer
 
 DEFAULT_MODEL = "h1r-pico"
+INTERRUPTED = 130  # exit status after Ctrl-C
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Without a word from the user or the checkpoint: enough for a short trace, cut to what fits.
 MAX_NEW_TOKENS = 1024
 # Prompt tokens per forward: bounds the memory of a long prompt, a shorter one is read in one piece.
 PREFILL_CHUNK = 4096
+COMPILING = "compiling the decode step, which takes some seconds or a minute"
 # Options whose default a checkpoint's generation_config.json may set.
 _FROM_CHECKPOINT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-_DIM, _NORMAL = "\x1b[2m", "\x1b[0m"
 
 
 def counting(text: str) -> int:
     """An integer >= 1, as an argparse type."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
@@ -64,24 +72,56 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_checkpoint_options(parser: argparse.ArgumentParser):
     """Which weights, where and how; returns the group, for more of its kind."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="PATH_OR_REPO",
-        help="checkpoint folder or hub repository id; default: the embedded h1r-pico",
-    )
-    group.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    add_model_name(group)
     group.add_argument(
         "--dtype", choices=DTYPES, help="of the weights; default: as they are stored"
     )
-    group.add_argument("--device", default="cpu", help="a torch device; default: cpu")
+    group.add_argument(
+        "--device",
+        help="a torch device, such as cpu or cuda:1; default: cuda where torch sees a GPU and the "
+        "operator table and the other options run there, else cpu",
+    )
     group.add_argument(
         "--ops",
-        choices=("torch", "reference", "triton"),
+        choices=NAMES,
         help="operator table; default: triton on a GPU, torch elsewhere. On a CPU, triton runs "
         "slowly, through Triton's interpreter",
     )
     return group
+
+
+def add_model_name(parser) -> None:
+    """--model and --revision, which `locate` reads."""
+    parser.add_argument(
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="PATH_OR_REPO",
+        help=f"checkpoint folder or hub repository id; default: the embedded {DEFAULT_MODEL}",
+    )
+    add_revision(parser)
+
+
+def add_revision(parser) -> None:
+    parser.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of a hub repository"
+    )
+
+
+def add_model_argument(parser, metavar: str, kinds: str) -> None:
+    """The model as an argument or with -m, and --revision; `model_argument` reads the first two."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "model", nargs="?", metavar=metavar, help=f"{kinds}; default: the embedded {DEFAULT_MODEL}"
+    )
+    group.add_argument(
+        "-m", "--model", dest="model_option", metavar=metavar, help="the same as the argument"
+    )
+    add_revision(parser)
+
+
+def model_argument(args: argparse.Namespace) -> str:
+    return args.model or args.model_option or DEFAULT_MODEL
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +130,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "Defaults of temperature, top-k, top-p, min-p, repetition penalty and length come from the "
         "checkpoint's generation_config.json where it has them.",
     )
+    group.add_argument(
+        "-n",
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"most new tokens; default: {MAX_NEW_TOKENS}, or what fits",
+    )
     options = {
-        "--max-new-tokens": (int, f"most new tokens; default: {MAX_NEW_TOKENS}, or what fits"),
         "--temperature": (float, "0 takes the likeliest token; default: 0"),
         "--top-k": (int, "keep the k likeliest tokens; 0: off"),
         "--top-p": (float, "keep the likeliest tokens that sum to p; 1: off"),
@@ -161,8 +207,46 @@ def locate(model: str, revision: str | None = None) -> str | Path:
     return resolve(model, revision) if model == DEFAULT_MODEL else model
 
 
+def settle_device(args: argparse.Namespace) -> None:
+    """Put the default of --device in its place: cuda where that can be used, else cpu."""
+    if args.device is None:
+        import torch
+
+        usable = torch.cuda.is_available() and not _bound_to_cpu(args)
+        args.device = "cuda" if usable else "cpu"
+
+
+def _bound_to_cpu(args: argparse.Namespace) -> str:
+    """Why a GPU cannot serve what was asked for, or ""."""
+    for option in ("compile", "int8"):
+        if getattr(args, option, False):
+            return f"--{option} is for a CPU"
+    if args.ops in CPU_ONLY:
+        return f"--ops {args.ops} is for a CPU"
+    if args.ops is None and args.dtype != "float64" and find_spec("triton") is None:
+        return "Triton is not installed; --device cuda --ops torch needs none"
+    return ""
+
+
+def describe(args: argparse.Namespace, model) -> str:
+    """What runs where, as in `h1r-pico on cpu: float32, torch operators`."""
+    import torch
+
+    from ..ops import TORCH
+
+    table = args.ops or ("torch" if model.ops is TORCH else "triton")
+    dtype = str(model.dtype).removeprefix("torch.")
+    text = f"{args.model} on {args.device}: {dtype}, {table} operators"
+    if table == "triton" and os.environ.get("TRITON_INTERPRET"):
+        text += ", interpreted and slow"
+    if args.device == "cpu" and torch.cuda.is_available() and (reason := _bound_to_cpu(args)):
+        text += f"; {reason}"
+    return text
+
+
 def load_model(args: argparse.Namespace):
     """Read the weights, with a progress bar on stderr if that is a terminal."""
+    settle_device(args)
     if args.compile:
         _check_compile(args)
     model = _read_model(args)
@@ -190,6 +274,7 @@ def compile_step(args: argparse.Namespace, model, rows: int) -> bool | None:
 
     from ..cpu import CompiledStep
 
+    print(f"[{COMPILING}]", file=sys.stderr, flush=True)
     start = time.perf_counter()
     cache = model.new_cache(rows, 4)
     cache.lengths += 2
@@ -220,7 +305,7 @@ def _read_model(args: argparse.Namespace):
         "check": args.check,
         "ops": None if args.ops is None else operator_table(args.ops, args.device),
     }
-    if not sys.stderr.isatty():
+    if not can_rewrite(sys.stderr):
         return load(args.model, **options)
     from tqdm import tqdm
 
@@ -235,8 +320,6 @@ def _read_model(args: argparse.Namespace):
 
 def operator_table(name: str, device: str):
     """The table of an `--ops` option; kernels on a CPU are interpreted."""
-    import os
-
     from ..ops import table
 
     if name == "triton" and device == "cpu":
@@ -253,56 +336,6 @@ def fit(params: SamplingParams, given: bool, prompt_tokens: int, limit: int) -> 
     if given or room < 1 or params.max_new_tokens <= room:
         return params
     return replace(params, max_new_tokens=room)
-
-
-class Display:
-    """Writes text as it comes: raw, but on a terminal thinking is dimmed and without its tags."""
-
-    def __init__(self, out: TextIO, opened: bool):
-        from ..text import ThinkSplitter
-
-        self._out, self._tail, self._written = out, "", 0
-        self._splitter = ThinkSplitter(opened) if out.isatty() else None
-        self._last: str | None = None
-
-    def write(self, text: str) -> None:
-        self._written += len(text)
-        if self._splitter is None:
-            self._put(text)
-        else:
-            self._show(self._splitter.push(text))
-        self._out.flush()
-
-    def close(self, text: str) -> None:
-        """Write what is missing of the whole text, and end its last line.
-
-        An interrupted sequence has text held back: half a character, or what might have become a
-        stop string.
-        """
-        self.write(text[self._written :])
-        if self._splitter is not None:
-            self._show(self._splitter.flush())
-        if not self._tail.endswith("\n"):
-            self._put("\n")
-        self._out.flush()
-
-    def _show(self, pieces) -> None:
-        for kind, text in pieces:
-            if self._last not in (None, kind):
-                text = "\n\n" + text.removeprefix("\n\n")
-            self._last = kind
-            self._put(f"{_DIM}{text}{_NORMAL}" if kind == "thinking" else text)
-
-    def _put(self, text: str) -> None:
-        self._tail = text[-1:] or self._tail
-        self._out.write(text)
-
-
-def opens_thinking(prompt: str) -> bool:
-    """Whether a rendered prompt leaves the model inside a think block."""
-    from ..text.think import OPEN
-
-    return prompt.rstrip().endswith(OPEN)
 
 
 def speed(out, seconds: float) -> str:

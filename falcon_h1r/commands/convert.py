@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
-from .common import DEFAULT_MODEL, DTYPES, locate
+from .common import DTYPES, add_model_argument, locate, model_argument
+from .terminal import print_json
 
 GGUF_DTYPES = ("float32", "bfloat16")
 
@@ -20,13 +20,7 @@ def add_to(commands) -> None:
         "as a checkpoint folder in another dtype or folded. Nothing half-written is left behind.",
     )
     add = parser.add_argument
-    add(
-        "model",
-        nargs="?",
-        default=DEFAULT_MODEL,
-        metavar="MODEL",
-        help="checkpoint folder or hub repository id; default: the embedded h1r-pico",
-    )
+    add_model_argument(parser, "MODEL", "checkpoint folder or hub repository id")
     add("--to", choices=("gguf", "safetensors"), required=True, help="what is written")
     add("--out", type=Path, required=True, metavar="PATH", help="the file or folder to write")
     add(
@@ -41,7 +35,6 @@ def add_to(commands) -> None:
         help="GGUF: leave the tokenizer out; the file then takes token ids only",
     )
     add("--force", action="store_true", help="replace what is at PATH, if it is of that kind")
-    add("--revision", help="branch, tag or commit of a hub repository")
     add("--json", action="store_true", help="one JSON document on stdout in place of a line")
     parser.set_defaults(run=run)
 
@@ -53,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoint.errors import CheckpointError
     from ..model import FalconH1ForCausalLM
 
+    args.model = model_argument(args)
     args.out = args.out.expanduser()
     _check(args)
     folder = resolve(locate(args.model, args.revision), args.revision)
@@ -80,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     size = _size(args.out)
     if args.json:
         written = {"out": str(args.out), "format": args.to, "dtype": kind, "bytes": size}
-        print(json.dumps(written | {"notes": notes}))
+        print_json(written | {"notes": notes})
     else:
         details = ", ".join([f"{size / 1e6:,.1f} MB", kind, *notes])
         print(f"{args.model} -> {args.out}: {args.to}, {details}")

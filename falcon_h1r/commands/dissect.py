@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from .walk import add_prompt_options, encode, stream
+from .common import add_checkpoint_options, describe, operator_table
+from .prompt import add_prompt_options
+from .terminal import print_json, progress
+from .walk import encode, stream
 
 NEW_TOKENS = 48
 OUT = "dissect.html"
@@ -22,12 +24,13 @@ def add_to(commands) -> None:
         "off - and write one HTML page that needs no network. The checkpoint is read one layer at "
         "a time; to make the answer, all of it is loaded first.",
     )
-    add_prompt_options(parser)
+    add_prompt_options(parser, example=True)
     parser.add_argument(
         "--out", metavar="FILE.html", help=f"the page; default: {OUT}, or none with --json"
     )
     parser.add_argument("--json", action="store_true", help="every number, on stdout")
     parser.add_argument(
+        "-n",
         "--max-new-tokens",
         type=int,
         default=NEW_TOKENS,
@@ -37,6 +40,7 @@ def add_to(commands) -> None:
     parser.add_argument(
         "--no-switches", action="store_true", help="leave out turning branches off, the long part"
     )
+    add_checkpoint_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -56,12 +60,13 @@ def run(args: argparse.Namespace) -> int:
             f"{MOST_TOKENS}, the most that dissect takes"
         )
     source = stream(args)
+    print(f"[{describe(args, source.model)}]", file=sys.stderr, flush=True)
     both = ids + (_answer(args, source.model.dtype, tokenizer, ids) if args.max_new_tokens else [])
-    found = dissect(source, both, branch_switches=not args.no_switches, progress=_progress())
+    found = dissect(source, both, branch_switches=not args.no_switches, progress=_progress)
     if args.json:
         document = {"model": args.model, "prompt": rendered, "prompt_tokens": len(ids)}
         document |= {"tokens": [tokenizer.decode([i]) for i in both], **found.to_dict()}
-        print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+        print_json(document)
     if out is not None:
         name = Path(args.model).name or args.model
         html = page(found, tokenizer, model=name, prompt_tokens=len(ids), title=prompt)
@@ -74,7 +79,6 @@ def _answer(args, dtype, tokenizer, ids: list[int]) -> list[int]:
     """The likeliest continuation, up to an end token; the weights are let go afterwards."""
     from ..generation import SamplingParams, generate
     from ..model import FalconH1ForCausalLM
-    from .common import operator_table
 
     table = None if args.ops is None else operator_table(args.ops, args.device)
     load = FalconH1ForCausalLM.from_pretrained
@@ -88,13 +92,5 @@ def _answer(args, dtype, tokenizer, ids: list[int]) -> list[int]:
     return generate(model, [ids], params, tokenizer=tokenizer).sequences[0].tolist()
 
 
-def _progress():
-    """Counts layers on a terminal."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int) -> None:
-        end = "\n" if done == total else ""
-        print(f"\rlayer {done} of {total}", end=end, file=sys.stderr, flush=True)
-
-    return show
+def _progress(done: int, total: int) -> None:
+    progress("" if done == total else f"layer {done} of {total}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from . import common
 from .parity import stored_model
+from .terminal import progress
 
 
 def add_to(commands) -> None:
@@ -27,6 +27,7 @@ def add_to(commands) -> None:
         "may be repeated, for a prefill, decode steps, padding",
     )
     parser.add_argument(
+        "-m",
         "--model",
         default=common.DEFAULT_MODEL,
         metavar="PATH_OR_REPO",
@@ -74,14 +75,10 @@ def run(args: argparse.Namespace) -> int:
     dumps = [read_dump(path, config)._replace(source=path) for path in args.dump]
     model = stored_model(args.model, args.revision)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    found = diagnose(dumps, model, dtype, pairs=not args.no_pairs, progress=_progress)
+    found = diagnose(dumps, model, dtype, pairs=not args.no_pairs, progress=progress)
+    progress("")
     print(found.to_json() if args.json else found)
     return 0 if found.status == "no fault" else 1
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{text:78.78}", end="\r", file=sys.stderr, flush=True)
 
 
 def _list(args) -> int:
@@ -98,7 +95,8 @@ def _list(args) -> int:
 def _self_test(args) -> int:
     from ..study.doctor_check import as_json, self_test, summary, write_calibration
 
-    cases = self_test(pairs=args.pairs, progress=_progress)
+    cases = self_test(pairs=args.pairs, progress=progress)
+    progress("")
     if args.write_calibration is not None:
         write_calibration(cases, args.write_calibration)
     print(as_json(cases) if args.json else summary(cases))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -11,8 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 from . import common
-
-INTERRUPTED = 130
+from .prompt import add_prompt_options, check_system, opens_thinking, read_prompt, render
+from .terminal import Display, print_json
 
 
 def add_to(commands) -> None:
@@ -23,14 +22,11 @@ def add_to(commands) -> None:
         "to stderr. A checkpoint with a chat template gets the prompt as a user's message, one "
         "without gets it as it is.",
     )
-    parser.add_argument(
-        "prompt", nargs="?", help="the prompt; '-' or none: read stdin (one line end is dropped)"
-    )
-    parser.add_argument(
-        "--raw", action="store_true", help="no chat template: continue the text itself"
-    )
+    add_prompt_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat template")
-    parser.add_argument("--n", type=int, default=1, metavar="N", help="samples from one prefill")
+    parser.add_argument(
+        "--samples", "--n", dest="n", type=int, default=1, metavar="N", help="texts to make; 1"
+    )
     parser.add_argument(
         "--json", action="store_true", help="one JSON document on stdout, at the end"
     )
@@ -48,36 +44,16 @@ def add_to(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.logprobs is not None and not args.json:
         raise ValueError("--logprobs: only with --json")
-    if args.system is not None and args.raw:
-        raise ValueError("--system: not with --raw, which has no chat template")
-    prompt = _read_prompt(args.prompt)
+    check_system(args)
+    prompt = read_prompt(args)
     logprobs = False if args.logprobs is None else args.logprobs
     request = common.prepare(args, n=args.n, logprobs=logprobs)
     tokenizer = request.tokenizer
-    if args.raw or not tokenizer.chat_templates:
-        if args.system is not None:
-            raise ValueError("--system: this checkpoint has no chat template")
-        rendered, ids = prompt, tokenizer.encode(prompt)
-    else:
-        messages = [{"role": "user", "content": prompt}]
-        if args.system is not None:
-            messages.insert(0, {"role": "system", "content": args.system})
-        rendered = tokenizer.apply_chat_template(messages)
-        ids = tokenizer.encode(rendered, add_special_tokens=False)
+    rendered, ids = render(tokenizer, prompt, args.raw, args.system)
     model = common.load_model(args)
     limit = model.config.max_position_embeddings
     params = common.fit(request.params, request.max_new_given, len(ids), limit)
     return _generate(args, model, tokenizer, rendered, ids, params)
-
-
-def _read_prompt(argument: str | None) -> str:
-    if argument in (None, "-"):
-        if argument is None and sys.stdin.isatty():
-            raise ValueError("no prompt: give it as an argument or on stdin")
-        argument = sys.stdin.read().removesuffix("\n")
-    if not argument.strip():
-        raise ValueError("the prompt is empty")
-    return argument
 
 
 def _generate(args, model, tokenizer, rendered: str, ids: list[int], params) -> int:
@@ -91,10 +67,11 @@ def _generate(args, model, tokenizer, rendered: str, ids: list[int], params) -> 
         prefill_chunk=common.PREFILL_CHUNK,
         graph=common.compile_step(args, model, params.n),
     )
+    print(f"[{common.describe(args, model)}]", file=sys.stderr, flush=True)
     # Several samples grow side by side: they are shown one after the other when all are done.
     display = None
     if not args.json and params.n == 1:
-        display = common.Display(sys.stdout, common.opens_thinking(rendered))
+        display = Display(sys.stdout, opens_thinking(rendered))
     start = first = time.perf_counter()
     interrupted = False
     try:
@@ -110,7 +87,7 @@ def _generate(args, model, tokenizer, rendered: str, ids: list[int], params) -> 
     if args.json:
         timing = {"prefill_s": first - start, "decode_s": end - first}
         document = _document(args, rendered, params, out, timing)
-        print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+        print_json(document)
     elif display is not None:
         display.close(out.texts[0])
     else:
@@ -119,7 +96,7 @@ def _generate(args, model, tokenizer, rendered: str, ids: list[int], params) -> 
                 f"=== {number + 1} of {params.n}, seed {out.seeds[number]}, "
                 f"{out.finish_reasons[number]} ==="
             )
-            final = common.Display(sys.stdout, common.opens_thinking(rendered))
+            final = Display(sys.stdout, opens_thinking(rendered))
             final.close(text)
     sys.stdout.flush()
     print(
@@ -127,13 +104,13 @@ def _generate(args, model, tokenizer, rendered: str, ids: list[int], params) -> 
         f"seed {out.seeds[0]}; {', '.join(out.finish_reasons)}]",
         file=sys.stderr,
     )
-    return INTERRUPTED if interrupted else 0
+    return common.INTERRUPTED if interrupted else 0
 
 
 def _document(args, rendered: str, params, out, timing: dict[str, float]) -> dict[str, Any]:
     from ..text import split_thinking
 
-    opened = common.opens_thinking(rendered) or None
+    opened = opens_thinking(rendered) or None
     outputs = []
     for i, text in enumerate(out.texts):
         thinking, answer = split_thinking(text, opened)

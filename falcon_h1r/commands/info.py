@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 
-from .common import DEFAULT_MODEL, DTYPES, counting
+from .common import DEFAULT_MODEL, DTYPES, add_model_argument, counting, model_argument
+from .grammar import nearest
+from .terminal import print_json
 
 
 def add_to(commands) -> None:
@@ -16,22 +17,19 @@ def add_to(commands) -> None:
         help="parameters, memory and work of a model",
         description="Parameters, memory and work per token of a model, from its config alone.",
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default=DEFAULT_MODEL,
-        metavar="PRESET_OR_PATH",
-        help="a preset such as falcon-h1r-7b, a checkpoint folder or a hub repository; "
-        "default: the embedded h1r-pico",
+    add_model_argument(
+        parser,
+        "PRESET_OR_PATH",
+        "a preset such as falcon-h1r-7b, a checkpoint folder or a hub repository",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    parser.add_argument(
-        "--context", type=counting, nargs="+", metavar="N", help="context lengths in tokens"
-    )
-    parser.add_argument(
-        "--traces", type=counting, nargs="+", metavar="N", help="numbers of sequences side by side"
-    )
+    for option, what in {
+        "--context": "context lengths in tokens",
+        "--traces": "numbers of sequences side by side",
+    }.items():
+        parser.add_list(
+            option, form=r"\d+", item=counting, metavar="N", help=f"{what}, such as 1,64"
+        )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache")
     parser.add_argument(
         "--bandwidth",
@@ -43,19 +41,22 @@ def add_to(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..presets import PRESETS
+
+    args.model = model_argument(args)
+    preset = args.model in PRESETS
+    if preset and args.revision is not None:
+        raise ValueError(f"--revision: the preset {args.model} has none")
+    if not (preset or "/" in args.model or args.model == DEFAULT_MODEL):
+        _require_folder(args.model, PRESETS)
     import torch
 
-    from ..config import PRESETS, FalconH1Config
+    from ..config import FalconH1Config
     from ..cost import render, sheet
 
-    if args.model in PRESETS:
-        if args.revision is not None:
-            raise ValueError(f"--revision: the preset {args.model} has none")
+    if preset:
         config = FalconH1Config.preset(args.model)
     else:
-        if "/" not in args.model and args.model != DEFAULT_MODEL and not Path(args.model).exists():
-            known = ", ".join(PRESETS)
-            raise ValueError(f"{args.model!r} is neither a folder nor a preset; presets: {known}")
         config = FalconH1Config.from_pretrained(args.model, args.revision)
     options = {"contexts": args.context, "traces": args.traces}
     options = {name: tuple(value) for name, value in options.items() if value is not None}
@@ -65,7 +66,15 @@ def run(args: argparse.Namespace) -> int:
         options["bandwidth"] = args.bandwidth * 1e9
     values = sheet(config, getattr(torch, args.dtype), **options)
     if args.json:
-        print(json.dumps({"model": args.model, **values}))
+        print_json({"model": args.model, **values})
     else:
         print(render(args.model, values))
     return 0
+
+
+def _require_folder(name: str, presets) -> None:
+    if not Path(name).exists():
+        near = nearest(name, presets)
+        hint = f"did you mean {near}? " if near else ""
+        known = ", ".join(presets)
+        raise ValueError(f"{name!r} is neither a folder nor a preset; {hint}presets: {known}")

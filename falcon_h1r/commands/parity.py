@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from . import common
+from .terminal import progress
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -21,6 +21,7 @@ def add_to(commands) -> None:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
+        "-m",
         "--model",
         default=common.DEFAULT_MODEL,
         metavar="PATH_OR_REPO",
@@ -44,7 +45,7 @@ def add_to(commands) -> None:
         "--paths", nargs="+", choices=("prefill", "chunked", "decode", "padded"), default=None
     )
     parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: all")
-    parser.add_argument("--prompt", metavar="TEXT", help="its tokens instead of random ones")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="its tokens instead of random ones")
     parser.add_argument("--budget", metavar="FILE", help="a budget written before")
     parser.add_argument("--write-budget", metavar="FILE", help="measure the budget, write it, end")
     parser.add_argument(
@@ -79,8 +80,9 @@ def run(args: argparse.Namespace) -> int:
     peer, inputs = _peer_and_inputs(args, model)
     budget = _budget(args, model, inputs)
     report = compare(
-        model, inputs, args.dtype, tables, budget, peer, args.layers, progress=_progress
+        model, inputs, args.dtype, tables, budget, peer, args.layers, progress=progress
     )
+    progress("")
     facts = _facts(args, model, report, inputs, budget)
     if args.out is not None:
         write_report(report, facts, args.out)
@@ -96,11 +98,6 @@ def _quiet_transformers() -> None:
         from transformers.utils import logging
 
         logging.set_verbosity_error()
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{text:40}", end="\r", file=sys.stderr, flush=True)
 
 
 def stored_model(name: str, revision: str | None):

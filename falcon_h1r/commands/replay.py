@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace as changed
 
 from ..tables import aligned
 from .common import counting
-
-_LONGEST = 24  # characters of an answer in the table
+from .terminal import print_json
+from .think_view import short
 
 
 def add_to(commands) -> None:
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     for name, eta in _names(args, records):
         table.append(_row(args, name, eta, records, equalities))
     if args.json:
-        print(json.dumps(_document(args, records, equalities, table), allow_nan=False))
+        print_json(_document(args, records, equalities, table))
     else:
         print(_render(table, records))
     if args.plot is not None:
@@ -290,7 +289,7 @@ def _render(table: list[dict], records) -> str:
         lines.append(
             [
                 row["policy"],
-                _short(answer) if one else answered,
+                short(answer, "none") if one else answered,
                 _right(results, one),
                 str(tokens),
                 f"{100 * tokens / all_tokens:.1f} %" if all_tokens else "-",
@@ -300,13 +299,6 @@ def _render(table: list[dict], records) -> str:
         )
     reasons = dict.fromkeys(row["refused"] for row in table if row["refused"])
     return "\n".join([*aligned(lines), *(f"-: {reason}" for reason in reasons)])
-
-
-def _short(answer: str | None) -> str:
-    if answer is None:
-        return "none"
-    line = " ".join(answer.split())
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
 
 
 def _right(results, one: bool) -> str:

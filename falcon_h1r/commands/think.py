@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 from pathlib import Path
 
 from . import common
+from .prompt import add_prompt_options
+from .terminal import print_json
+from .think_run import say, start_engine, start_question, votes
 from .think_setup import Asked, Setup, memory_size, prepare
 
-INTERRUPTED = 130
 ROWS = 64
 
 
@@ -24,7 +24,7 @@ def add_to(commands) -> None:
         "answer by the vote. The answer goes to stdout, a view of what runs to stderr. Ctrl-C "
         "votes over what there is.",
     )
-    parser.add_argument("question", nargs="?", help="the question, as a user's message")
+    add_prompt_options(parser, "question")
     parser.add_argument(
         "--questions",
         metavar="FILE",
@@ -33,9 +33,6 @@ def add_to(commands) -> None:
         "default is 0",
     )
     parser.add_argument("--reference", metavar="TEXT", help="the right answer: says if it is found")
-    parser.add_argument(
-        "--raw", action="store_true", help="no chat template: continue the text itself"
-    )
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat template")
     _add_policy(parser)
     running = parser.add_argument_group("running")
@@ -159,59 +156,6 @@ def run(args: argparse.Namespace) -> int:
         return _run_one(args, setup, setup.questions[0]._replace(folder=Path(folder)))
 
 
-def say(args: argparse.Namespace, *notes: str) -> None:
-    for note in notes:
-        if not args.quiet:
-            print(f"[{note}]", file=sys.stderr)
-
-
-def start_engine(args: argparse.Namespace, setup: Setup, questions: list[Asked]):
-    """An engine for the questions; ValueError where one of them does not fit its memory."""
-    from ..generation import Engine
-
-    model = common.load_model(args)
-    rows = min(args.rows, len(questions) * setup.params.budget)
-    engine = Engine(
-        model,
-        # Text is read once, at a trace's end, unless the engine must follow it.
-        setup.tokenizer if setup.sampling.needs_tokenizer else None,
-        max_rows=rows,
-        memory_budget=free_memory(args.device) if args.memory is None else args.memory,
-        prefill_chunk=args.prefill_chunk,
-        graph=True if args.compile else None,
-    )
-    # Refused here, before a record of it is begun.
-    longest = max(questions, key=lambda asked: len(asked.ids))
-    for number in engine.add(longest.ids, setup.sampling, seeds=[0]):
-        engine.end([number], "probe")
-        engine.pop(number)
-    return engine
-
-
-def free_memory(device: str) -> int | None:
-    """Three quarters of the bytes that are free on a device; None where the system does not say."""
-    import torch
-
-    free = None
-    if torch.device(device).type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    elif (info := Path("/proc/meminfo")).exists():
-        lines = dict(line.split(":") for line in info.read_text().splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
-    return None if free is None else free * 3 // 4
-
-
-def start_question(args: argparse.Namespace, setup: Setup, asked: Asked):
-    from ..reasoning import Question, TraceRecorder
-
-    recorder = None
-    if asked.folder is not None:
-        top = 0 if args.record is None else args.record_top
-        recorder = TraceRecorder(asked.folder, setup.manifest(args, asked), top)
-    policy = setup.policy(args, asked)
-    return Question(asked.ids, policy, setup.sampling, recorder=recorder, name=asked.name)
-
-
 def _run_one(args: argparse.Namespace, setup: Setup, asked: Asked) -> int:
     from ..reasoning import LiveRun, read_record
     from .think_view import View, report
@@ -227,7 +171,7 @@ def _run_one(args: argparse.Namespace, setup: Setup, asked: Asked) -> int:
         right = result.answer is not None and setup.equality.same(asked.reference, result.answer)
     if args.json:
         document = _document(args, setup, asked, question, engine, right)
-        print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+        print_json(document)
     elif args.quiet:
         print("no answer" if result.answer is None else result.answer)
     else:
@@ -245,7 +189,7 @@ def _run_one(args: argparse.Namespace, setup: Setup, asked: Asked) -> int:
             equality=setup.equality,
         )
         say(args, f"picture: {args.plot}")
-    return INTERRUPTED if interrupted else 0
+    return common.INTERRUPTED if interrupted else 0
 
 
 def _document(args, setup: Setup, asked: Asked, question, engine, right: bool | None) -> dict:
@@ -265,6 +209,7 @@ def _document(args, setup: Setup, asked: Asked, question, engine, right: bool | 
         "rule": setup.equality.rule,
         "sampling": setup.manifest(args, asked).sampling,
         "seeds": [trace.seed for trace in result.traces],
+        "votes": votes(result),
         "tokens": result.tokens,
         "estimated_tokens_of_all": everything,
         "estimated_saved": None if everything is None else everything - result.tokens,

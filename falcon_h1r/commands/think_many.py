@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .think import INTERRUPTED, say, start_engine, start_question
+from .common import INTERRUPTED
+from .terminal import print_json
+from .think_run import say, start_engine, start_question, votes
 from .think_setup import Asked, Setup
 from .think_view import View, short
 
@@ -54,7 +55,7 @@ def run_many(args: argparse.Namespace, setup: Setup) -> int:
     if args.json:
         document["plan"] = None if plan is None else {**plan._asdict(), "text": str(plan)}
         document["policy"] = setup.params.to_dict()
-        print(json.dumps({**document, "questions": table}, ensure_ascii=False, allow_nan=False))
+        print_json({**document, "questions": table})
     else:
         print(render(document))
     return INTERRUPTED if interrupted else 0
@@ -94,6 +95,7 @@ def _finished(args: argparse.Namespace, setup: Setup, asked: Asked) -> dict | No
         "right": _right(setup, asked, end["answer"]),
         "done": end["done"],
         "traces": len(record.traces),
+        "voted": end.get("voted"),  # older records do not say
         "tokens": record.tokens,
         "seconds": end["seconds"],
         "record": str(asked.folder),
@@ -128,6 +130,7 @@ def _row(setup: Setup, asked: Asked, question) -> dict:
         "right": _right(setup, asked, result.answer),
         "done": result.done,
         "traces": len(result.traces),
+        "voted": votes(result)["voted"],
         "tokens": result.tokens,
         "seconds": question.seconds,
         "record": None if asked.folder is None else str(asked.folder),
@@ -136,8 +139,11 @@ def _row(setup: Setup, asked: Asked, question) -> dict:
 
 def line_of(row: dict) -> str:
     judged = {None: "", True: ", right", False: ", wrong"}[row["right"]]
+    traces = f"{row['traces']} traces"
+    if row["voted"] is not None:
+        traces = f"{row['voted']} of {traces} voted"
     return (
-        f"{row['name']}: {short(row['answer'], 'no answer')}{judged}; {row['traces']} traces, "
+        f"{row['name']}: {short(row['answer'], 'no answer')}{judged}; {traces}, "
         f"{row['tokens']:,} tokens; {row['done']}"
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import common
+from .prompt import check_system, has_prompt, read_prompt, render, require_text
 
 if TYPE_CHECKING:
     from ..generation import SamplingParams
@@ -105,14 +106,13 @@ def prepare(args: argparse.Namespace) -> Setup:
     make_extractor(args.extractor)
     equality = Equality(args.rule)
     _check_files(args)
-    if args.system is not None and args.raw:
-        raise ValueError("--system: not with --raw, which has no chat template")
+    check_system(args)
     request = common.prepare(args, temperature=TEMPERATURE, top_p=TOP_P)
     config = FalconH1Config.from_pretrained(args.model, args.revision)
     tokenizer, sampling = request.tokenizer, request.params
     if sampling.temperature == 0 and args.temperature is None:
         sampling = replace(sampling, temperature=TEMPERATURE)  # of a checkpoint that is greedy
-    rendered = [_render(args, tokenizer, text) for _, text, _ in texts]
+    rendered = [render(tokenizer, text, args.raw, args.system) for _, text, _ in texts]
     longest = max(len(ids) for _, ids in rendered)
     limit = config.max_position_embeddings
     sampling = common.fit(sampling, request.max_new_given, longest, limit)
@@ -144,15 +144,12 @@ def prepare(args: argparse.Namespace) -> Setup:
 def _texts(args: argparse.Namespace) -> list[tuple[str, str, str | None]]:
     """(name, question, reference) of each."""
     if args.questions is None:
-        if args.question is None:
-            raise ValueError("no question: give it as an argument, or --questions FILE")
-        if not args.question.strip():
-            raise ValueError("the question is empty")
-        return [("", args.question, args.reference)]
-    for name in ("question", "reference", "plot"):  # of one question
+        return [("", read_prompt(args, "question"), args.reference)]
+    if has_prompt(args, "question"):
+        raise ValueError("a question: not with --questions")
+    for name in ("reference", "plot"):  # of one question
         if getattr(args, name) is not None:
-            option = "a question" if name == "question" else f"--{name}"
-            raise ValueError(f"{option}: not with --questions")
+            raise ValueError(f"--{name}: not with --questions")
     texts = []
     with open(args.questions, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -171,6 +168,7 @@ def _entry(line: str, place: str) -> tuple[str, str | None]:
     question = entry.get("question") if isinstance(entry, dict) else None
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f'{place}: expected {{"question": text, "reference": text or null}}')
+    require_text(f"{place}: the question", question)
     reference = entry.get("reference")
     if isinstance(reference, (int, float)) and not isinstance(reference, bool):
         reference = str(reference)
@@ -198,18 +196,6 @@ def _check_files(args: argparse.Namespace) -> None:
 
 def _folder(args: argparse.Namespace, name: str) -> Path | None:
     return None if args.record is None else Path(args.record) / name
-
-
-def _render(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> tuple[str, list[int]]:
-    if args.raw or not tokenizer.chat_templates:
-        if args.system is not None:
-            raise ValueError("--system: this checkpoint has no chat template")
-        return text, tokenizer.encode(text)
-    messages = [{"role": "user", "content": text}]
-    if args.system is not None:
-        messages.insert(0, {"role": "system", "content": args.system})
-    rendered = tokenizer.apply_chat_template(messages)
-    return rendered, tokenizer.encode(rendered, add_special_tokens=False)
 
 
 def _check_length(name: str, prompt: int, new: int, limit: int) -> None:

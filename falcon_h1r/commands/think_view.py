@@ -7,6 +7,8 @@ import time
 from typing import NamedTuple
 
 from ..tables import aligned
+from .terminal import can_rewrite, can_style, progress
+from .think_run import votes
 
 REFRESH, REPORT = 0.25, 10.0  # seconds between two views: on a terminal, elsewhere
 _LONGEST = 24  # characters of an answer
@@ -72,6 +74,8 @@ def trace_rows(question, read, most: int) -> list[Row]:
             state = "warm-up" if threshold is None else "running"
         numbers = (f"{group:.3f}", f"{mean:.3f}") if tokens else ("-", "-")
         low = threshold is not None and tokens > 0 and group < threshold
+        if low and state != _REASONS["low_confidence"]:
+            state += ", low"
         rows.append(Row(str(trace), str(tokens), *numbers, short(answer), state, low))
     return rows
 
@@ -101,6 +105,7 @@ def report(result, seconds: float, right: bool | None, plan, seed: int) -> str:
     counts = [f"{result.count(r)} {name}" for r, name in _REASONS.items() if result.count(r)]
     begun = f"{len(result.traces)} of at most {result.params.budget} traces"
     lines.append(f"{begun}: {', '.join(counts)}; {_DONE[result.done]}")
+    lines.append(voting(result))
     lines.append(spent(result))
     rate = f"{result.tokens / seconds:,.0f} tokens/s; " if seconds > 0 else ""
     threshold = "" if result.threshold is None else f"threshold {result.threshold:.3f}; "
@@ -112,6 +117,20 @@ def report(result, seconds: float, right: bool | None, plan, seed: int) -> str:
     ):
         lines.append("no trace was as long as the window: none could be stopped; give --window")
     return "\n".join(lines)
+
+
+def voting(result) -> str:
+    """How many traces were let to vote, and why others were not."""
+    from ..reasoning import Offline
+
+    count = votes(result)
+    text = f"{count['voted']} of {count['traces']} traces voted"
+    text += f": {count['ended']} came to their end, {count['answered']} of them with an answer"
+    if count["left_out"]:
+        plain = isinstance(result.params, Offline)
+        reason = "not among the surest" if plain else "below the threshold"
+        text += f", {count['left_out']} of those {reason}"
+    return text
 
 
 def _verdict(result, right: bool | None) -> str:
@@ -169,11 +188,10 @@ class View:
         self._out = sys.stderr if out is None else out
         self._quiet = args.quiet
         self._tokenizer, self._extract = tokenizer, make_extractor(extractor)
-        self._terminal = self._out.isatty()
+        self._terminal = can_rewrite(self._out)
         self._live = None
         self._began = self._last = time.perf_counter()
         self._noted: dict[int, int] = {}  # by question: how much of its log was shown
-        self._width = 0
 
     def __enter__(self) -> View:
         if self._terminal and not self._quiet:
@@ -182,15 +200,17 @@ class View:
                 from rich.live import Live
             except ImportError:
                 return self
-            self._live = Live(console=Console(file=self._out), auto_refresh=False, transient=True)
+            colors = "auto" if can_style(self._out) else None
+            console = Console(file=self._out, color_system=colors)
+            self._live = Live(console=console, auto_refresh=False, transient=True)
             self._live.start()
         return self
 
     def __exit__(self, *error) -> None:
         if self._live is not None:
             self._live.stop()
-        elif self._terminal:
-            self._write_over("")
+        elif self._terminal and not self._quiet:
+            progress("", self._out)
 
     def __call__(self, run) -> None:
         if self._quiet:
@@ -204,7 +224,7 @@ class View:
         if self._live is not None:
             self._live.update(self.table(run), refresh=True)
         elif self._terminal:
-            self._write_over("; ".join(status(q, self._rate(q)) for q in run.open[:1]))
+            progress("; ".join(status(q, self._rate(q)) for q in run.open[:1]), self._out)
         else:
             for question in run.open:
                 self._say(question, status(question, self._rate(question)))
@@ -252,10 +272,3 @@ class View:
     def _say(self, question, text: str) -> None:
         name = f"{question.name}: " if question.name else ""
         print(f"[{name}{text}]", file=self._out, flush=True)
-
-    def _write_over(self, text: str) -> None:
-        if text or self._width:
-            text = text[:100]
-            self._out.write("\r" + text.ljust(self._width) + ("" if text else "\r"))
-            self._out.flush()
-        self._width = len(text)

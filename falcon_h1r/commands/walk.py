@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 
-from .common import add_checkpoint_options, locate, operator_table
+from .common import add_checkpoint_options, describe, locate, operator_table, settle_device
+from .prompt import add_prompt_options, read_prompt, render
+from .terminal import print_json
 
 
 def add_to(commands) -> None:
@@ -18,21 +19,18 @@ def add_to(commands) -> None:
         "extremes, root mean square, bytes, and the line of code that makes it. The checkpoint is "
         "read one layer at a time.",
     )
-    add_prompt_options(parser)
-    layers = parser.add_mutually_exclusive_group()
-    layers.add_argument("--layer", type=int, metavar="N", help="one layer; default: the first")
-    layers.add_argument(
-        "--layers", nargs="+", metavar="N", help="several layers, from 0; 'all' for all of them"
+    add_prompt_options(parser, example=True)
+    parser.add_list(
+        "--layers",
+        "--layer",
+        form=r"\d+|all",
+        item=_layer,
+        metavar="N",
+        help="layers, from 0, such as 0,3; 'all' for all of them; default: 0",
     )
+    add_checkpoint_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run)
-
-
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """The prompt, and a checkpoint that is streamed; shared with `dissect`."""
-    parser.add_argument("prompt", nargs="?", help="default: an example; '-': read stdin")
-    parser.add_argument("--raw", action="store_true", help="no chat template around the prompt")
-    add_checkpoint_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
 
     _, _, rendered, ids = encode(args)
     source = stream(args)
-    steps = walk(source, ids, layers=_layers(args, source.model.config.num_hidden_layers))
+    layers = args.layers or [0]
+    steps = walk(source, ids, layers=None if "all" in layers else layers)
+    print(f"[{describe(args, source.model)}]", file=sys.stderr, flush=True)
     if args.json:
         values = [step._asdict() for step in steps]
         for value in values:
@@ -51,20 +51,16 @@ def run(args: argparse.Namespace) -> int:
                 limit = [bound if math.isfinite(bound) else None for bound in limit]
                 value["multipliers"]["time_step_limit"] = limit
         document = {"model": args.model, "prompt": rendered, "ids": ids, "walk": values}
-        print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+        print_json(document)
     else:
         print(render(steps))
     return 0
 
 
-def _layers(args, count: int) -> list[int] | None:
-    if args.layers == ["all"]:
-        return None
-    asked = [args.layer or 0] if args.layers is None else args.layers
-    try:
-        return [int(number) for number in asked]
-    except ValueError as error:
-        raise ValueError(f"--layers: {' '.join(asked)}: expected numbers below {count}") from error
+def _layer(text: str) -> int | str:
+    if text == "all" or text.isdecimal():
+        return text if text == "all" else int(text)
+    raise ValueError("expected the number of a layer, from 0, or all")
 
 
 def encode(args: argparse.Namespace):
@@ -73,17 +69,10 @@ def encode(args: argparse.Namespace):
     from ..study.walk import EXAMPLE
     from ..text import load_tokenizer
 
-    prompt = EXAMPLE if args.prompt is None else args.prompt
-    if prompt == "-":
-        prompt = sys.stdin.read().removesuffix("\n")
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
+    prompt = read_prompt(args, example=EXAMPLE)
     folder = resolve(locate(args.model, args.revision), args.revision, weights=False)
     tokenizer = load_tokenizer(folder)
-    if args.raw or not tokenizer.chat_templates:
-        return tokenizer, prompt, prompt, tokenizer.encode(prompt)
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-    return tokenizer, prompt, rendered, tokenizer.encode(rendered, add_special_tokens=False)
+    return tokenizer, prompt, *render(tokenizer, prompt, args.raw)
 
 
 def stream(args: argparse.Namespace):
@@ -91,6 +80,7 @@ def stream(args: argparse.Namespace):
     from ..checkpoint import stream_modules
     from ..model import FalconH1ForCausalLM
 
+    settle_device(args)
     return stream_modules(
         FalconH1ForCausalLM,
         args.model,

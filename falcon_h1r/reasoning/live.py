@@ -253,6 +253,7 @@ class LiveRun:
         if question.recorder is not None:
             result = question.policy.result()
             end = {"done": result.done, "answer": result.answer, "tokens": result.tokens}
+            end["voted"] = sum(trace.weight is not None for trace in result.traces)
             question.recorder.close({**end, "seconds": question.seconds})
 
 

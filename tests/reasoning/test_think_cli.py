@@ -15,8 +15,10 @@ from reasoning.synthetic import make_pool, pool_of
 from tiny_cli import Terminal, interrupting, run
 
 from falcon_h1r.commands import common, think_view
+from falcon_h1r.ops import TORCH
 from falcon_h1r.reasoning import (
     DeepConf,
+    Equality,
     LiveRun,
     Offline,
     OnlinePolicy,
@@ -46,7 +48,12 @@ def faked(monkeypatch):
         return state.engine
 
     monkeypatch.setattr("falcon_h1r.generation.Engine", engine)
-    monkeypatch.setattr(common, "load_model", lambda args: "the model")
+
+    def load_model(args):
+        common.settle_device(args)
+        return SimpleNamespace(dtype=torch.float32, ops=TORCH)
+
+    monkeypatch.setattr(common, "load_model", load_model)
     return state
 
 
@@ -57,7 +64,10 @@ ASK = ["think", QUESTION, *NUMBERS, "--seed", 0]
 
 
 def expected(pool, params=PARAMS, rows=14, seed=0):
-    policy = OnlinePolicy(params, seed=seed, extractor="boxed", stop_token_ids=(11, 228))
+    exact = Equality("exact")
+    policy = OnlinePolicy(
+        params, seed=seed, equality=exact, extractor="boxed", stop_token_ids=(11, 228)
+    )
     question = Question([1], policy)
     LiveRun(FakeEngine(lambda prompt, s: pool[s - seed], max_rows=rows), [question]).run()
     return policy.result()
@@ -102,6 +112,13 @@ def test_engine_options(capsys, faked):
     assert options["prefill_chunk"] == 7 and options["tokenizer"] is not None
 
 
+def test_a_long_compile_is_announced(capsys, faked):
+    assert "compiling" not in run(capsys, *ASK)[2]
+    status, _, err = run(capsys, *ASK, "--compile")
+    assert status == 0 and f"[{common.COMPILING}]" in err and faked.options["graph"] is True
+    assert run(capsys, *ASK, "--compile", "--quiet")[2] == ""
+
+
 def test_json(capsys, faked, tmp_path):
     argv = ["--json", "--reference", "6", "--record", tmp_path / "r", "--temperature", 0.7]
     status, out, _ = run(capsys, *ASK, *argv)
@@ -109,13 +126,21 @@ def test_json(capsys, faked, tmp_path):
     result = expected(faked.pools[0])
     assert status == 0 and set(document) == set(
         "model question prompt prompt_tokens answer reference right extractor rule sampling seeds "
-        "tokens estimated_tokens_of_all estimated_saved seconds tokens_per_second plan record "
-        "result".split()
+        "votes tokens estimated_tokens_of_all estimated_saved seconds tokens_per_second plan "
+        "record result".split()
     )
     assert document["model"] == "h1r-pico" and document["question"] == QUESTION
     assert QUESTION in document["prompt"] and document["prompt"].endswith("assistant\n")
     assert document["answer"] == result.answer and document["right"] is False
     assert document["result"] == json.loads(json.dumps(result.to_dict()))
+    votes = document["votes"]
+    assert votes["voted"] == sum(len(c.traces) for c in result.vote.candidates) > 0
+    assert (
+        votes["traces"]
+        == len(result.traces)
+        == sum(votes[name] for name in ("ended", "stopped", "cut"))
+    )
+    assert votes["stopped"] == result.count("low_confidence") > 0
     assert document["tokens"] == result.tokens and document["seeds"] == list(
         range(len(result.traces))
     )
@@ -173,6 +198,9 @@ def test_plain_sampling(capsys, faked, tmp_path, name, eta):
     assert (result["answer"], result["tokens"]) == (replayed.answer, replayed.tokens)
     candidates = [dict(c._asdict(), traces=list(c.traces)) for c in replayed.vote.candidates]
     assert result["vote"]["candidates"] == candidates
+    votes = json.loads(out)["votes"]
+    assert votes["voted"] == sum(len(c["traces"]) for c in candidates)
+    assert (votes["left_out"] > 0) == (eta is not None) and votes["stopped"] == votes["cut"] == 0
     assert read_record(tmp_path / "r").manifest.policy is None
 
 
@@ -235,6 +263,17 @@ def test_no_answer(capsys, faked):
     status, out, _ = run(capsys, *argv, "--eta", 1)
     assert status == 0 and "no trace with a vote gave one; below the threshold 1 was the" in out
     assert "10 low confidence" in out and "the budget is used up" in out
+    assert "0 of 14 traces voted: 4 came to their end, 3 of them with an answer, 3 of those" in out
+    votes = json.loads(run(capsys, *argv, "--eta", 1, "--json")[1])["votes"]
+    assert votes == {
+        "traces": 14,
+        "voted": 0,
+        "ended": 4,
+        "answered": 3,
+        "left_out": 3,
+        "stopped": 10,
+        "cut": 0,
+    }
 
 
 def questions_file(path, count=5, **more):
@@ -263,7 +302,9 @@ def test_many_questions(capsys, faked, tmp_path):
         assert record.manifest.seed == 14 * i and record.manifest.question == f"What is {i}+{i}?"
         assert replay(record, PARAMS).online.to_dict() == result.to_dict()
         right, tokens = right + row["right"], tokens + row["tokens"]
+        assert row["voted"] == sum(len(c.traces) for c in result.vote.candidates)
         assert f"[{row['name']}: {row['answer']}, " in err
+        assert f"; {row['voted']} of {row['traces']} traces voted, {row['tokens']:,} tok" in err
     assert (document["right"], document["judged"], document["tokens"]) == (right, 5, tokens)
     assert document["accuracy"] == right / 5 and document["tokens_made"] == tokens
     assert document["interval_95"] == list(wilson_interval(right, 5))
@@ -388,6 +429,7 @@ def test_refusals_before_the_weights_are_read(capsys, tmp_path, monkeypatch, arg
         (tmp_path / name).write_text(content)
     places = {"HELD": held, "REC": tmp_path / "rec", **{n: tmp_path / n for n in contents}}
     monkeypatch.setattr(common, "load_model", lambda args: pytest.fail("the weights were read"))
+    monkeypatch.setattr(sys, "stdin", Terminal())
     status, out, err = run(capsys, "think", *(places.get(a, a) for a in argv))
     assert (status, out) == (2, "")
     assert err.startswith("falcon-h1r: error: ") and message in err and err.count("\n") == 1
@@ -456,7 +498,7 @@ def test_the_table_of_running_traces(monkeypatch):
         ["4", "3", "6.000", "6.000", "5", "end token"],
         ["2", "2", "2.000", "2.000", "-", "low confidence"],
         ["1", "4", "5.000", "5.000", "5", "end token"],
-        ["0", "4", "3.000", "3.000", "5", "end token"],
+        ["0", "4", "3.000", "3.000", "5", "end token, low"],
     ]
     assert max(map(len, table.splitlines())) <= 60
     rows = think_view.trace_rows(run.open[0], lambda number: None, 9)
@@ -498,7 +540,8 @@ def test_a_live_view_on_a_terminal(capsys, faked, monkeypatch):
 def test_status_lines_elsewhere(capsys, faked, monkeypatch):
     monkeypatch.setattr(think_view, "REPORT", 0.0)
     _, _, err = run(capsys, *ASK)
-    lines = err.splitlines()
+    header, *lines = err.splitlines()
+    assert header == "[h1r-pico on cpu: float32, torch operators]"
     assert lines[0].startswith("[4 running, 4 of 14 begun; 4 tokens")
     assert sum(line.startswith("[threshold ") for line in lines) == 1
     assert all("\r" not in line and line.startswith("[") for line in lines)
