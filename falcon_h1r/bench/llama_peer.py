@@ -1,16 +1,15 @@
-"""llama.cpp as a peer: our weights in a GGUF file, through the llama-cpp-python package.
+"""llama.cpp as a peer: our weights in a GGUF file, through its C functions.
 
-Token ids go in and logits come out; its sampling, tokenizer and server stay out. The low-level
-functions are those of version 0.3.36. What its settings do not change: the recurrent state and the
-convolution's window are float32. With flash attention its graph casts keys and values to float16
-even where the cache holds float32, so as a float32 peer it runs without.
+Token ids go in and logits come out; its sampling, tokenizer and server stay out. What its settings
+do not change: the recurrent state and the convolution's window are float32. With flash attention
+its graph casts keys and values to float16 even where the cache holds float32, so as a float32 peer
+it runs without.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import tempfile
 import time
@@ -22,32 +21,8 @@ import torch
 from ..cache import Cache
 from ..checkpoint.gguf import save_gguf
 from ..model import FalconH1ForCausalLM
-from .llama_state import row_state
-from .peers import import_error
-
-ERROR = 4  # GGML_LOG_LEVEL_ERROR
-
-
-def why_not() -> str:
-    """Why llama.cpp does not take part, "not installed" for one; "" if it does."""
-    return import_error("llama_cpp") or import_error("gguf")
-
-
-@functools.cache
-def _library():
-    """The package, the errors it logged, and the callback that C holds a bare pointer to."""
-    import llama_cpp
-
-    messages: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def remember(level, text, _):
-        if level == ERROR:
-            messages.append(text.decode(errors="replace").strip())
-
-    llama_cpp.llama_log_set(remember, None)
-    llama_cpp.llama_backend_init()
-    return llama_cpp, messages, remember
+from .llama_library import library
+from .llama_state import GAPS, row_state
 
 
 class LlamaPeer:
@@ -76,7 +51,7 @@ class LlamaPeer:
         micro_batch: int = 512,
         file: str | None = None,
     ):
-        self._lib, self._messages, _ = _library()
+        self._lib, _, self._messages, _ = library()
         lib, self.vocab_size = self._lib, model.config.vocab_size
         self._kv_dtype, self._flash, self._rows = kv_dtype, flash_attention, max_sequences
         self._held: list[ctypes.Array] = []
@@ -132,13 +107,13 @@ class LlamaPeer:
         lib, context = self._lib, self._context
         lib.llama_memory_clear(self._memory, True)
         self._decode([(0, 0, 0, True)])
-        head = self._state(0, 0)
-        options = (self._kv_dtype, self._flash, self._rows)
-        alike = len(row_state(cache, 0, 1, *options, bytes(head[:8]))) == len(head)
-        self._need(alike, "keep its state in the layout of version 0.3.36")
+        own = bytes(self._state(0, 0))
+        options = (self._kv_dtype, self._flash, self._rows, own[:8])
+        gap = len(own) - len(row_state(cache, 0, 1, *options, gap=0))
+        self._need(gap in GAPS, "keep its state in a layout known here")
         lib.llama_memory_clear(self._memory, True)
         for row in range(cache.batch_size):
-            state = row_state(cache, row, depth, *options, bytes(head[:8]))
+            state = row_state(cache, row, depth, *options, gap)
             raw = (ctypes.c_uint8 * len(state)).from_buffer(state)
             taken = lib.llama_state_seq_set_data(context, raw, len(state), row)
             self._need(taken == len(state), f"take a state of {depth} tokens")

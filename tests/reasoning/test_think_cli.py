@@ -17,6 +17,7 @@ from tiny_cli import Terminal, interrupting, run
 from falcon_h1r.commands import common, think_view
 from falcon_h1r.reasoning import (
     DeepConf,
+    Equality,
     LiveRun,
     Offline,
     OnlinePolicy,
@@ -57,7 +58,7 @@ ASK = ["think", QUESTION, *NUMBERS, "--seed", 0]
 
 
 def expected(pool, params=PARAMS, rows=14, seed=0):
-    policy = OnlinePolicy(params, seed=seed, extractor="boxed", stop_token_ids=(11, 228))
+    policy = OnlinePolicy(params, seed=seed, equality=Equality("exact"), stop_token_ids=(11, 228))
     question = Question([1], policy)
     LiveRun(FakeEngine(lambda prompt, s: pool[s - seed], max_rows=rows), [question]).run()
     return policy.result()
