@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ class LlamaPeer:
     or float32. threads: None for torch's number. max_length: tokens per sequence; max_sequences:
     rows decoded at once. batch, micro_batch: tokens per call and per pass, n_batch and n_ubatch.
     file: a GGUF file that `save_gguf` wrote of this model in this dtype; None: written, and removed
-    by `close()`.
+    by `close()`. observer: a ggml_backend_sched_eval_callback that sees every tensor of the graph;
+    the caller keeps it alive.
     Raises `CheckpointError` for a model that GGUF cannot carry, RuntimeError with what llama.cpp
     logged where it refuses the file, the settings or, later, tokens beyond max_length.
     """
@@ -50,6 +52,7 @@ class LlamaPeer:
         batch: int = 2048,
         micro_batch: int = 512,
         file: str | None = None,
+        observer: Any = None,
     ):
         self._lib, _, self._messages, _ = library()
         lib, self.vocab_size = self._lib, model.config.vocab_size
@@ -73,6 +76,9 @@ class LlamaPeer:
             settings.n_threads = settings.n_threads_batch = threads or torch.get_num_threads()
             settings.type_k = settings.type_v = kinds[kv_dtype]
             settings.flash_attn_type = int(flash_attention)  # 0 disabled, 1 enabled, -1 either
+            if observer is not None:
+                kind = dict(settings._fields_)["cb_eval"]
+                settings.cb_eval = ctypes.cast(observer, kind)
             self._context = lib.llama_init_from_model(loaded, settings)
             self._need(self._context, "make a context")
             stack.callback(lib.llama_free, self._context)
