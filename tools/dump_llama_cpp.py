@@ -3,7 +3,7 @@
     python tools/dump_llama_cpp.py FOLDER dump.safetensors [MODEL.gguf]
 
 The folder's model goes into a GGUF file first, unless there is one already. A callback sees every
-tensor of llama.cpp's graph. The multipliers are folded into a GGUF file's weights: the tensors taken
+tensor of the graph. The multipliers are folded into a GGUF file's weights: the tensors taken
 here are those that this does not change. Needs the package xllamacpp without llama-cpp-python.
 """
 
