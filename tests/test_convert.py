@@ -8,7 +8,7 @@ from models import make_config, make_model, random_ids, relative_error
 from tiny_cli import run, tiny_model, write_checkpoint
 
 from falcon_h1r import FalconH1ForCausalLM
-from falcon_h1r.bench import llama_peer
+from falcon_h1r.bench import llama_library, llama_peer
 from falcon_h1r.checkpoint import fold_multipliers, gguf
 
 gguf_package = pytest.importorskip("gguf")
@@ -105,7 +105,7 @@ def test_a_narrow_checkpoint_keeps_its_dtype(capsys, tmp_path, checkpoint):
     assert run(capsys, *argv, "--dtype", "float32")[0] == 0
 
 
-@pytest.mark.skipif(bool(llama_peer.why_not()), reason=llama_peer.why_not())
+@pytest.mark.skipif(bool(llama_library.why_not()), reason=llama_library.why_not())
 @torch.no_grad()
 def test_llama_cpp_reads_the_file(capsys, tmp_path):
     """The embedded model: the same likeliest tokens, and logits to float32's accuracy."""

@@ -1,4 +1,4 @@
-"""llama.cpp on the files that `save_gguf` writes, where llama-cpp-python is installed."""
+"""llama.cpp on the files that `save_gguf` writes, where a package brings it."""
 
 import hashlib
 
@@ -11,13 +11,13 @@ from tiny_text import build_backend, write_tokenizer
 from tokenizers import Regex, pre_tokenizers
 
 from falcon_h1r import FalconH1Config
-from falcon_h1r.bench import llama_peer
+from falcon_h1r.bench import llama_library, llama_peer
 from falcon_h1r.checkpoint import gguf as writer
 
 FLOAT32_BOUND = 1e-5  # as in test_parity.py
 FLOAT16_CACHE_BOUND = 1e-3  # two float16 roundoffs: keys and values are rounded to it
 
-pytestmark = pytest.mark.skipif(bool(llama_peer.why_not()), reason=llama_peer.why_not())
+pytestmark = pytest.mark.skipif(bool(llama_library.why_not()), reason=llama_library.why_not())
 
 
 def distances(model, ids, start: int, **settings):
@@ -87,8 +87,7 @@ def test_timings_and_refusals_of_the_peer():
 
 
 def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, monkeypatch):
-    import llama_cpp
-
+    llama_cpp = llama_library.library().functions
     backend = build_backend()
     words = (
         r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -19,7 +19,8 @@ from ..cache import Cache
 from ..checkpoint import CheckpointError, save_gguf
 from ..model import FalconH1ForCausalLM
 from . import gate
-from .llama_peer import LlamaPeer, why_not
+from .llama_library import library, why_not
+from .llama_peer import LlamaPeer
 from .registry import Workload
 from .timing import MOST_CALLS, WallClock
 
@@ -108,7 +109,7 @@ class LlamaModel:
                 call.close()
         best = min(trials, key=trials.get)
         call = self._call(best, workload, ids, cache)
-        call.settings = str(best)
+        call.settings = f"{library().source}, {best}"
         return call
 
     def extra_bytes(self, workload: Workload) -> int:

@@ -1,20 +1,20 @@
-"""llama.cpp as a peer: our weights in a GGUF file, through the llama-cpp-python package.
+"""llama.cpp as a peer: our weights in a GGUF file, through its C functions.
 
-Token ids go in and logits come out; its sampling, tokenizer and server stay out. The low-level
-functions are those of version 0.3.36. What its settings do not change: the recurrent state and the
-convolution's window are float32. With flash attention its graph casts keys and values to float16
-even where the cache holds float32, so as a float32 peer it runs without.
+Token ids go in and logits come out; its sampling, tokenizer and server stay out. What its settings
+do not change: the recurrent state and the convolution's window are float32. With flash attention
+its graph casts keys and values to float16 even where the cache holds float32, so as a float32 peer
+it runs without.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import tempfile
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,32 +22,8 @@ import torch
 from ..cache import Cache
 from ..checkpoint.gguf import save_gguf
 from ..model import FalconH1ForCausalLM
-from .llama_state import row_state
-from .peers import import_error
-
-ERROR = 4  # GGML_LOG_LEVEL_ERROR
-
-
-def why_not() -> str:
-    """Why llama.cpp does not take part, "not installed" for one; "" if it does."""
-    return import_error("llama_cpp") or import_error("gguf")
-
-
-@functools.cache
-def _library():
-    """The package, the errors it logged, and the callback that C holds a bare pointer to."""
-    import llama_cpp
-
-    messages: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def remember(level, text, _):
-        if level == ERROR:
-            messages.append(text.decode(errors="replace").strip())
-
-    llama_cpp.llama_log_set(remember, None)
-    llama_cpp.llama_backend_init()
-    return llama_cpp, messages, remember
+from .llama_library import library
+from .llama_state import GAPS, row_state
 
 
 class LlamaPeer:
@@ -57,7 +33,8 @@ class LlamaPeer:
     or float32. threads: None for torch's number. max_length: tokens per sequence; max_sequences:
     rows decoded at once. batch, micro_batch: tokens per call and per pass, n_batch and n_ubatch.
     file: a GGUF file that `save_gguf` wrote of this model in this dtype; None: written, and removed
-    by `close()`.
+    by `close()`. observer: a ggml_backend_sched_eval_callback that sees every tensor of the graph;
+    the caller keeps it alive.
     Raises `CheckpointError` for a model that GGUF cannot carry, RuntimeError with what llama.cpp
     logged where it refuses the file, the settings or, later, tokens beyond max_length.
     """
@@ -75,8 +52,9 @@ class LlamaPeer:
         batch: int = 2048,
         micro_batch: int = 512,
         file: str | None = None,
+        observer: Any = None,
     ):
-        self._lib, self._messages, _ = _library()
+        self._lib, _, self._messages, _ = library()
         lib, self.vocab_size = self._lib, model.config.vocab_size
         self._kv_dtype, self._flash, self._rows = kv_dtype, flash_attention, max_sequences
         self._held: list[ctypes.Array] = []
@@ -98,6 +76,9 @@ class LlamaPeer:
             settings.n_threads = settings.n_threads_batch = threads or torch.get_num_threads()
             settings.type_k = settings.type_v = kinds[kv_dtype]
             settings.flash_attn_type = int(flash_attention)  # 0 disabled, 1 enabled, -1 either
+            if observer is not None:
+                kind = dict(settings._fields_)["cb_eval"]
+                settings.cb_eval = ctypes.cast(observer, kind)
             self._context = lib.llama_init_from_model(loaded, settings)
             self._need(self._context, "make a context")
             stack.callback(lib.llama_free, self._context)
@@ -132,13 +113,13 @@ class LlamaPeer:
         lib, context = self._lib, self._context
         lib.llama_memory_clear(self._memory, True)
         self._decode([(0, 0, 0, True)])
-        head = self._state(0, 0)
-        options = (self._kv_dtype, self._flash, self._rows)
-        alike = len(row_state(cache, 0, 1, *options, bytes(head[:8]))) == len(head)
-        self._need(alike, "keep its state in the layout of version 0.3.36")
+        own = bytes(self._state(0, 0))
+        options = (self._kv_dtype, self._flash, self._rows, own[:8])
+        gap = len(own) - len(row_state(cache, 0, 1, *options, gap=0))
+        self._need(gap in GAPS, "keep its state in a layout known here")
         lib.llama_memory_clear(self._memory, True)
         for row in range(cache.batch_size):
-            state = row_state(cache, row, depth, *options, bytes(head[:8]))
+            state = row_state(cache, row, depth, *options, gap)
             raw = (ctypes.c_uint8 * len(state)).from_buffer(state)
             taken = lib.llama_state_seq_set_data(context, raw, len(state), row)
             self._need(taken == len(state), f"take a state of {depth} tokens")

@@ -1,9 +1,9 @@
 """A row of our cache as the state of a sequence in llama.cpp.
 
 So a benchmark stands behind any depth without reading so many tokens, and behind the same keys,
-values and states as everybody. The layout is that of `llama_state_seq_get_data` in the version that
-llama-cpp-python 0.3.36 vendors; `LlamaPeer.stand` compares its size before it is used. Integers are
-little-endian: a header, then the attention's cells and the recurrent cell.
+values and states as everybody. The layout is that of `llama_state_seq_get_data` in llama-cpp-python
+0.3.36 and xllamacpp 2026.10.11549; `LlamaPeer.stand` compares its size before it is used. Integers
+are little-endian: a header, then the attention's cells and the recurrent cell.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..cache import Cache
 
+GAPS = (0, 8)  # bytes before the first layer's keys: in llama-cpp-python, in xllamacpp
 _TYPES = {torch.float32: 0, torch.float16: 1}  # of ggml
 _FLOAT32 = 0
 
@@ -28,18 +29,20 @@ def row_state(
     flash: bool,
     streams: int,
     head: bytes,
+    gap: int,
 ) -> bytearray:
     """The first `depth` tokens of a row.
 
     kv_dtype: of llama.cpp's keys and values; flash: without flash attention its values lie
-    transposed; streams: its number of sequences; head: the first eight bytes of any state.
+    transposed; streams: its number of sequences; head: the first eight bytes of any state; gap: one
+    of `GAPS`.
     """
     layers, kind = len(cache.keys), _TYPES[kv_dtype]
     out = bytearray(head)
     # Position, number of sequences, the sequence.
     cells = np.stack([np.arange(depth), np.ones(depth), np.zeros(depth)], 1).astype("<i4")
     out += struct.pack("<2I", streams, depth) + cells.tobytes()
-    out += struct.pack("<2I", not flash, layers)
+    out += struct.pack("<2I", not flash, layers) + bytes(gap)
     for tensor, transposed in ((cache.keys, False), (cache.values, not flash)):
         for layer in range(layers):
             rows = tensor[layer, row, :, :depth].to(kv_dtype).transpose(0, 1).flatten(1)

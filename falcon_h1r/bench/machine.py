@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import llama_library
 from .timing import QUICK, Budget, measure
 
 PACKAGES = (
@@ -24,7 +25,7 @@ PACKAGES = (
     "causal-conv1d",
     "flash-linear-attention",
     "flash-attn",
-    "llama-cpp-python",
+    *llama_library.MODULES,
     "numpy",
 )
 GPU_SIZES, GPU_MATRIX = (2**30,), 8192  # bytes of arrays, rows and columns of matrices

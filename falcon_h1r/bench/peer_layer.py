@@ -9,6 +9,7 @@ import torch
 
 from ..attention import visible_keys
 from .implementations import Bound, Implementation
+from .peer_model import cache_name
 from .peers import import_error
 
 _MODULE = "transformers.models.falcon_h1.modeling_falcon_h1"
@@ -31,6 +32,7 @@ def _bind(model, inputs: dict[str, Any]) -> Bound:
     dynamic_cache = importlib.import_module("transformers").DynamicCache
     config = _config(falcon, model.config)
     layer = _layer(falcon, config, model)
+    name = cache_name(layer)
     rotary = falcon.FalconH1RotaryEmbedding(config).to(x.device)
     position = torch.arange(w.past, w.past + w.length, device=x.device)[None]
     options = {"position_ids": position, "position_embeddings": rotary(x, position)}
@@ -40,7 +42,7 @@ def _bind(model, inputs: dict[str, Any]) -> Bound:
         mask = visible_keys(w.length, w.past + w.length, past_b, None, x.device)
 
     def forward(cache):
-        return layer(x, attention_mask=mask, past_key_values=cache, use_cache=True, **options)[0]
+        return layer(x, attention_mask=mask, use_cache=True, **{name: cache}, **options)[0]
 
     if not w.past:
         caches = []
@@ -54,7 +56,7 @@ def _bind(model, inputs: dict[str, Any]) -> Bound:
     cache, own = dynamic_cache(config=config), inputs["cache"].layer(0)
     few = torch.arange(_SEED_TOKENS, device=x.device)[None]
     seed = x.new_zeros(w.batch, _SEED_TOKENS, x.shape[-1])
-    layer(seed, past_key_values=cache, use_cache=True, position_embeddings=rotary(seed, few))
+    layer(seed, use_cache=True, position_embeddings=rotary(seed, few), **{name: cache})
     held = cache.layers[0]
     keys, values = (t[:, :, : w.past].contiguous() for t in (own.keys_bjse, own.values_bjse))
     v = own.window_bvc.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 import torch
 
@@ -37,11 +38,21 @@ def transformers_model(model):
     return peer.eval()
 
 
+def cache_name(module: torch.nn.Module) -> str:
+    """The argument of a transformers module that takes its cache, and the output's field for it.
+
+    `cache` since 5.24; before, `past_key_values`, which transformers accepts until 5.40.
+    """
+    known = inspect.signature(type(module).forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 @torch.no_grad()
 def last_logits(peer, ids: torch.Tensor) -> torch.Tensor:
     """(b, vocab) behind `ids`, read as a prefill of all but one token and a step of one."""
-    held = peer(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-    return peer(ids[:, -1:], past_key_values=held, use_cache=True, logits_to_keep=1).logits[:, -1]
+    name = cache_name(peer)
+    held = {name: peer(ids[:, :-1], use_cache=True, logits_to_keep=1)[name]}
+    return peer(ids[:, -1:], use_cache=True, logits_to_keep=1, **held).logits[:, -1]
 
 
 def make_step(peer, workload: Workload, ids: torch.Tensor, cache: Cache):
@@ -53,7 +64,8 @@ def make_step(peer, workload: Workload, ids: torch.Tensor, cache: Cache):
     if workload.phase == "prefill":
         return lambda: peer(ids, use_cache=True, logits_to_keep=1)
     seed = ids.new_zeros(workload.batch, _SEED_TOKENS)
-    held = peer(seed, use_cache=True, logits_to_keep=1).past_key_values
+    name = cache_name(peer)
+    held = peer(seed, use_cache=True, logits_to_keep=1)[name]
     past, v = workload.past, cache.windows.shape[2]
     keys, values = (
         [t[:, :, :past].contiguous() for t in tensor] for tensor in (cache.keys, cache.values)
@@ -66,7 +78,7 @@ def make_step(peer, workload: Workload, ids: torch.Tensor, cache: Cache):
     def proceed():
         for layer, k, v in zip(held.layers, keys, values):
             layer.keys, layer.values = k, v
-        out = peer(token["ids"], past_key_values=held, use_cache=True, logits_to_keep=1)
+        out = peer(token["ids"], use_cache=True, logits_to_keep=1, **{name: held})
         if workload.phase == "decode":
             token["ids"] = out.logits[:, -1:].argmax(-1)
 

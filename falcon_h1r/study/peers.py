@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..bench.peer_model import transformers_model
+from ..bench.peer_model import cache_name, transformers_model
 from ..taps import tap_of
 from .dump import Inputs
 
@@ -103,10 +103,10 @@ class TransformersPeer:
                 positions = (mask.long().cumsum(1) - 1).clamp(min=0)
                 given = {"attention_mask": mask.long(), "position_ids": positions}
             return self.model(ids, use_cache=False, **given).logits
-        held, logits = None, []
+        name, held, logits = cache_name(self.model), None, []
         for piece in ids.split(list(pieces), 1):
-            out = self.model(piece, past_key_values=held, use_cache=True)
-            held = out.past_key_values
+            out = self.model(piece, use_cache=True, **{name: held})
+            held = out[name]
             logits.append(out.logits)
         return torch.cat(logits, dim=1)
 

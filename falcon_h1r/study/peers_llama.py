@@ -1,22 +1,21 @@
-"""llama.cpp beside ours: logits of a prefill or of decode steps, through llama-cpp-python."""
+"""llama.cpp beside ours: logits of a prefill or of decode steps."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from ..bench.llama_peer import LlamaPeer, why_not
+from ..bench.llama_library import library, why_not
+from ..bench.llama_peer import LlamaPeer
 from .dump import Inputs
 from .parity import Peer
 
 
 def llama_peer() -> Peer:
-    """Raises ValueError where the package is not installed."""
+    """Raises ValueError where no package serves it."""
     if reason := why_not():
         raise ValueError(f"--against llama.cpp: {reason}")
-    import llama_cpp
-
-    return Peer("llama.cpp", f"(llama-cpp-python {llama_cpp.__version__})", _trace)
+    return Peer("llama.cpp", f"({library().source})", _trace)
 
 
 def _trace(model, inputs: Inputs) -> dict[str, torch.Tensor]:

@@ -6,7 +6,15 @@ from bench.tiny_bench import BUDGET, CEILINGS, CPU, FakeClock
 from gguf_cases import CASES, case_model
 from models import random_ids, rms_error
 
-from falcon_h1r.bench import contestants, generation_bench, llama_model, llama_peer, report, timing
+from falcon_h1r.bench import (
+    contestants,
+    generation_bench,
+    llama_library,
+    llama_model,
+    llama_peer,
+    report,
+    timing,
+)
 from falcon_h1r.bench.llama_model import Setting
 from falcon_h1r.bench.llama_state import row_state
 from falcon_h1r.bench.registry import Workload
@@ -16,7 +24,7 @@ FLOAT16_CACHE_BOUND = 1e-3
 PLAIN, FLASH = Setting(False, torch.float32), Setting(True, torch.float16)
 BEHIND = Workload("decode", 3, 1, 50)
 
-installed = pytest.mark.skipif(bool(llama_peer.why_not()), reason=llama_peer.why_not())
+installed = pytest.mark.skipif(bool(llama_library.why_not()), reason=llama_library.why_not())
 
 
 def test_where_it_does_not_take_part(monkeypatch):
@@ -33,6 +41,24 @@ def test_where_it_does_not_take_part(monkeypatch):
         (Workload("decode", 1, 1, 0), False),
     ):
         assert bool(llama_model.refuses(workload)) != served
+
+
+@pytest.mark.parametrize(
+    ("errors", "release", "reason"),
+    [
+        ({"llama_cpp": "not installed", "xllamacpp": "not installed"}, "", "not installed"),
+        ({"llama_cpp": "not installed"}, llama_library.RELEASE, ""),
+        ({"llama_cpp": "not installed"}, "2026.1.1", "known is " + llama_library.RELEASE),
+        ({}, "0.3.36", ""),
+        ({"llama_cpp": "cannot be imported"}, llama_library.RELEASE, "cannot be imported"),
+        ({"gguf": "not installed"}, "0.3.36", "not installed"),
+    ],
+)
+def test_which_package_serves(monkeypatch, errors, release, reason):
+    monkeypatch.setattr(llama_library, "import_error", lambda module: errors.get(module, ""))
+    monkeypatch.setattr(llama_library.importlib.metadata, "version", lambda package: release)
+    found = llama_library.why_not()
+    assert found.endswith(reason) and bool(found) == bool(reason)
 
 
 @installed
@@ -79,15 +105,15 @@ def test_a_state_of_another_layout_is_refused(monkeypatch):
     cache = generation_bench.filled_cache(model, BEHIND, 0)
     peer = llama_peer.LlamaPeer(model, threads=1, max_length=64, max_sequences=3)
     try:
-        monkeypatch.setattr(llama_peer, "row_state", lambda *a: row_state(*a) + b"\0\0\0\0")
-        with pytest.raises(RuntimeError, match="keep its state in the layout"):
+        monkeypatch.setattr(llama_peer, "row_state", lambda *a, **k: row_state(*a, **k) + bytes(4))
+        with pytest.raises(RuntimeError, match="keep its state in a layout"):
             peer.stand(cache, 50)
         monkeypatch.undo()
         with pytest.raises(RuntimeError, match="take a state of 50 tokens"):
             monkeypatch.setattr(
                 llama_peer,
                 "row_state",
-                lambda c, r, d, *a: row_state(c, r, d, *a)[: -d + 1 or None],
+                lambda c, r, d, *a, **k: row_state(c, r, d, *a, **k)[: -d + 1 or None],
             )
             peer.stand(cache, 50)
     finally:
@@ -155,7 +181,8 @@ def test_the_faster_attention_takes_part(monkeypatch):
             lambda self, fast=fast: 1.0 + (self.peer._flash != fast.flash_attention),
         )
         call = peer.bind(w, ids, cache)
-        assert call.settings == str(fast) and call.peer._flash == fast.flash_attention
+        assert call.settings == f"{llama_library.library().source}, {fast}"
+        assert call.peer._flash == fast.flash_attention
         call.close()
     assert str(PLAIN) == "flash attention off, float32 keys and values"
 

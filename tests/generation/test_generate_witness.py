@@ -1,6 +1,6 @@
 """Greedy generation against transformers, whose decode is the independent witness.
 
-Unpadded, one prompt at a time: transformers 5.23 is wrong for left padding with projection biases.
+Unpadded, one prompt at a time: transformers 5.24 is wrong for left padding with projection biases.
 Its decode leaves out `time_step_limit`, so that variant is compared with full forwards instead.
 """
 
