@@ -24,7 +24,7 @@ ROOMS = [
     ["mamba2"],
     ["block", "cache"],
     ["ops"],
-    ["model", "tap_table"],
+    ["model", "tap_table", "derived"],
     ["taps"],
     ["int8", "onednn"],
     ["checkpoint"],
