@@ -26,7 +26,7 @@ PORTS = {
 }
 
 
-class TapSource(NamedTuple):
+class Source(NamedTuple):
     """A place of a call at which a tensor is seen."""
 
     module: str  # path below the layer, or below the model; "" is the layer or model itself
@@ -41,7 +41,7 @@ class Tap(NamedTuple):
 
     name: str
     axes: str  # separated by spaces, see the legend above
-    sources: tuple[TapSource, ...]  # the first that is called in a forward
+    sources: tuple[Source, ...]  # the first that is called in a forward
     meaning: str
     keys: tuple[str, ...] = ()  # config keys that act on the way here from the tap before
     file: str = ""  # of falcon_h1r/, where TORCH and REFERENCE make it
@@ -57,21 +57,21 @@ def _tap(name, axes, sources, meaning, keys="", file=""):
 
 
 def _in(module, index=0, **kw):
-    return TapSource(module, "input", index, **kw)
+    return Source(module, "input", index, **kw)
 
 
 def _out(module, index=0, **kw):
-    return TapSource(module, "output", index, **kw)
+    return Source(module, "output", index, **kw)
 
 
 def _derived(module, what):
-    return TapSource(module, "derived", f"{what}_{module.rpartition('.')[2]}")
+    return Source(module, "derived", f"{what}_{module.rpartition('.')[2]}")
 
 
 def _both(scan, step, index, axes, step_index=None, port="input"):
     """The same tensor in a stretch of tokens and in one decode step."""
     step_index = index if step_index is None else step_index
-    return TapSource(scan, port, index), TapSource(step, port, step_index, axes)
+    return Source(scan, port, index), Source(step, port, step_index, axes)
 
 
 _CONV, _CONV1 = "mamba.causal_conv1d", "mamba.causal_conv1d_step"
@@ -89,13 +89,13 @@ TAPS: tuple[Tap, ...] = (  # of every layer, in the order of the forward
     _tap("mamba.in_proj", "b l k", [_out("mamba.in_proj")],
          "z, x, B, C and dt side by side", file="mamba2.py"),
     _tap("mamba.conv.window_in", "b v c",
-         [_in(_CONV, "initial_window_bvc"), _in(_CONV1, 1)],
+         [Source(_CONV, "input", "initial_window_bvc"), _in(_CONV1, 1)],
          "the last inputs of the tokens before", file="mamba2.py"),
     _tap("mamba.conv.x", "b l c", _both(_CONV, _CONV1, 0, "b c"),
          "x, B and C before the convolution", "ssm_multipliers", "mamba2.py"),
     _tap("mamba.conv.out", "b l c", [_out(_CONV), _out(_CONV1, axes="b c")],
          "x, B and C after convolution and SiLU", file="conv.py"),
-    _tap("mamba.conv.window", "b v c", [_out(_CONV, 1), TapSource(_CONV1, "after", 1)],
+    _tap("mamba.conv.window", "b v c", [_out(_CONV, 1), Source(_CONV1, "after", 1)],
          "the window kept for the next tokens", file="conv.py"),
     _tap("mamba.scan.x", "b l h p", _both(_SCAN, _STEP, 0, "b h p", 1),
          "input of the scan", file="mamba2.py"),
@@ -111,11 +111,11 @@ TAPS: tuple[Tap, ...] = (  # of every layer, in the order of the forward
     _tap("mamba.scan.D", "h", _both(_SCAN, _STEP, 5, "h", 6),
          "weight of the skip from x to y", file="mamba2.py"),
     _tap("mamba.scan.state_in", "b h p n",
-         [_in(_SCAN, "initial_state_bhpn"), _in(_STEP, 0)],
+         [Source(_SCAN, "input", "initial_state_bhpn"), _in(_STEP, 0)],
          "SSM state before the first token", file="mamba2.py"),
     _tap("mamba.scan.y", "b l h p", [_out(_SCAN), _out(_STEP, axes="b h p")],
          "output of the scan, D x in it", file="ssd.py"),
-    _tap("mamba.scan.state", "b h p n", [_out(_SCAN, 1), TapSource(_STEP, "after", 0)],
+    _tap("mamba.scan.state", "b h p n", [_out(_SCAN, 1), Source(_STEP, "after", 0)],
          "SSM state after the last token", file="ssd.py"),
     _tap("mamba.gate.y", "b l hp", [_in(_GATE)],
          "the scan's output, heads merged", file="mamba2.py"),

@@ -24,8 +24,8 @@ from .tap_table import (
     DERIVED_TAPS,
     MODEL_TAPS,
     TAPS,
+    Source,
     Tap,
-    TapSource,
     full_names,
     inner_name,
     tap_of,
@@ -37,8 +37,8 @@ __all__ = [
     "TAPS",
     "MissingTap",
     "Recording",
+    "Source",
     "Tap",
-    "TapSource",
     "TappedOperator",
     "attached",
     "full_names",
@@ -202,7 +202,7 @@ class Recording(Mapping):
             f"recorded: {held}"
         )
 
-    def _add(self, name: str, tensor, source: TapSource, config, where) -> None:
+    def _add(self, name: str, tensor, source: Source, config, where) -> None:
         if tensor is None:  # no cache, so no state before
             return
         tensor = tensor.detach()
@@ -264,7 +264,7 @@ def record(
         yield recording
 
 
-def _hook(recording: Recording, module, name: str, source: TapSource, config):
+def _hook(recording: Recording, module, name: str, source: Source, config):
     def pick(args, kwargs):
         return kwargs.get(source.index) if isinstance(source.index, str) else args[source.index]
 
@@ -283,7 +283,7 @@ def _hook(recording: Recording, module, name: str, source: TapSource, config):
     return module.register_forward_hook(after, with_kwargs=True)
 
 
-def _derive(recording: Recording, parent, module, name: str, source: TapSource) -> list:
+def _derive(recording: Recording, parent, module, name: str, source: Source) -> list:
     """Hooks that compute a derived tap behind an operator; parent: the module that calls it."""
     function, padding = getattr(derived, source.index), []
 

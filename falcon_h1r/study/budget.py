@@ -37,6 +37,7 @@ from .dump import Inputs, real_values, take_dump
 from .faults import Patient
 
 FACTOR = 2.0
+FLOOR = 2.0**-23  # of a yardstick: one float32 roundoff; an error may be 0 by chance
 FORMAT = "falcon_h1r.budget"
 SHIPPED = Path(__file__).parent / "budget-h1r-pico.json"
 

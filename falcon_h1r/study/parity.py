@@ -17,7 +17,7 @@ from ..ops import REFERENCE, Ops
 from ..tap_table import inner_name
 from ..taps import full_names
 from . import parity_known, peers
-from .budget import Budget, Parts, relative, rounded, truth_of
+from .budget import Budget, Parts, make_budget, relative, rounded, truth_of
 from .dump import Dump, Inputs, real_values, take_dump
 from .faults import Patient
 
@@ -136,7 +136,7 @@ def compare(
     inputs: Mapping[str, Inputs],
     dtypes: Sequence[str],
     tables: Mapping[str, Ops],
-    budget: Budget,
+    budget: Budget | None = None,
     peer: Peer | None = None,
     layers: Sequence[int] | None = None,
     faults: Sequence = (),
@@ -144,10 +144,13 @@ def compare(
 ) -> Report:
     """Every tensor of every dtype, path and table.
 
-    model: in the dtype it is stored in; inputs: by path; tables: by name; budget: covers dtypes and
-    paths; layers: whose taps to compare, None for all; faults: planted in ours, for tests.
+    model: in the dtype it is stored in; inputs: by path; tables: by name; budget: of this model,
+    for these dtypes and paths; None: measured here, for the price of four forwards of each in
+    float64. layers: whose taps to compare, None for all; faults: planted in ours, for tests.
     """
     names = compared_names(model.config, layers)
+    if budget is None:
+        budget = make_budget(model, inputs, dtypes, {}, names=names)
     rows, divergences = [], {}
     for dtype in dtypes:
         narrow = rounded(model, getattr(torch, dtype))

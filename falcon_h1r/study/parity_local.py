@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops import REFERENCE, Ops
 from ..tap_table import inner_name
 from ..taps import full_names, record, tap_of
-from .budget import FACTOR, relative, truth_of
+from .budget import FACTOR, FLOOR, relative, truth_of
 from .dump import Inputs, in_layout, real_values
 from .faults import Patient
 from .parity import compared_names
@@ -29,7 +29,6 @@ FORCED = tuple(
     "mamba.gate.z self_attn.in residual.mid final_layernorm.in".split()
 )
 _OURS = ("mamba.scan.dt", "mamba.scan.state_in", "mamba.conv.window_in")
-_FLOOR = 2.0**-23  # one float32 roundoff
 # Which function or module makes a tap's tensor, where its name does not say.
 _MAKERS = {
     "embedding": ("model", "embedding_multiplier"),
@@ -159,7 +158,7 @@ def first_divergence(
     if yardstick is None:
         yardstick = truth.errors_of(ours(truth, REFERENCE))
     for name, error in errors.items():
-        tolerance = FACTOR * max(yardstick.get(name, 0.0), _FLOOR)
+        tolerance = FACTOR * max(yardstick.get(name, 0.0), FLOOR)
         if not error <= tolerance:
             return Divergence(name, operator_of(name), error, tolerance)
     return None
