@@ -256,7 +256,7 @@ def _is_dump(what: str | None) -> bool:
 
 def _budget(args, model, inputs, tables):
     from ..study.budget import make_budget, read_budget, shipped_budget
-    from ..study.parity import compared_names
+    from ..study.dump import compared_names
 
     if args.budget is not None:
         budget = read_budget(args.budget)

@@ -42,7 +42,7 @@ FORMAT = "falcon_h1r.budget"
 SHIPPED = Path(__file__).parent / "budget-h1r-pico.json"
 
 
-class Parts(NamedTuple):
+class ErrorParts(NamedTuple):
     """Sizes of a tensor's error, relative to the tensor."""
 
     weights: float
@@ -91,7 +91,7 @@ def relative(found: Tensor, truth: Tensor) -> tuple[float, float]:
 
 def split_error(
     model: FalconH1ForCausalLM, dtype: torch.dtype, table: Ops, inputs: Inputs, names=None
-) -> dict[str, Parts]:
+) -> dict[str, ErrorParts]:
     """The parts of every tensor's error of `model` in `dtype` under `table`.
 
     model: in the dtype it is stored in. names: taps, as in `taps.full_names`.
@@ -113,7 +113,7 @@ def split_error(
         values = [real_values(name, run.tensors[name], inputs.mask).double() for run in runs]
         scale = _rms(values[1]) or 1.0
         steps = [_rms(b - a) / scale for a, b in itertools.pairwise(values)]
-        out[name] = Parts(*steps, total=_rms(values[-1] - values[0]) / scale)
+        out[name] = ErrorParts(*steps, total=_rms(values[-1] - values[0]) / scale)
     return out
 
 
@@ -178,7 +178,7 @@ def _exact(table: Ops | None) -> Ops:
 
 
 class Budget:
-    """Parts and tolerances of a model's tensors, by dtype and path."""
+    """ErrorParts and tolerances of a model's tensors, by dtype and path."""
 
     def __init__(self, entries: Mapping, made_for: str, fingerprint: str, versions: Mapping):
         self.entries, self.made_for = entries, made_for
@@ -189,9 +189,9 @@ class Budget:
         entry = self.entries.get(dtype, {}).get(path, {}).get(name)
         return None if entry is None else entry["tolerance"]
 
-    def parts(self, dtype: str, path: str, name: str, table: str) -> Parts | None:
+    def parts(self, dtype: str, path: str, name: str, table: str) -> ErrorParts | None:
         entry = self.entries.get(dtype, {}).get(path, {}).get(name, {}).get(table)
-        return None if entry is None else Parts(*entry)
+        return None if entry is None else ErrorParts(*entry)
 
     def covers(self, dtypes, paths) -> bool:
         return all(path in self.entries.get(dtype, {}) for dtype in dtypes for path in paths)
@@ -204,7 +204,7 @@ class Budget:
             "versions": dict(self.versions),
             "rule": f"tolerance = {FACTOR:g} x root sum square of activations, algorithm and "
             f"kernel under reference; relative root mean square",
-            "parts": list(Parts._fields),
+            "parts": list(ErrorParts._fields),
             "entries": self.entries,
         }
         path = Path(path)

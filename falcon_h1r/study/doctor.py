@@ -31,7 +31,7 @@ _FULL = 10  # pairs judged by all evidence, after the cheapest piece of it
 
 
 @dataclass
-class Candidate:
+class Explanation:
     """One explanation."""
 
     faults: tuple[str, ...]
@@ -54,7 +54,7 @@ class Diagnosis:
     alternatives: list[tuple[str, ...]]  # that the evidence does not tell from it
     confidence: float  # that one of these is right; calibrated on planted faults
     residual: float  # relative distance to the right tensors, before any fault
-    candidates: list[Candidate]  # best first
+    candidates: list[Explanation]  # best first
     first_divergence: str  # of what no known fault explains, where inner tensors show it
     hidden: dict[str, str]  # faults that cannot be seen, and why
     dtype: str  # of the port's arithmetic
@@ -157,8 +157,8 @@ def examine(
             hidden[fault.name] = _why_unseen(witness, fault)
         else:
             seen.append(fault)
-    right = _candidate(witness, (), every)
-    singles = sorted((_candidate(witness, (f,), every) for f in seen), key=lambda c: c.cost)
+    right = _explanation(witness, (), every)
+    singles = sorted((_explanation(witness, (f,), every) for f in seen), key=lambda c: c.cost)
     by_name = {fault.name: fault for fault in faults}
     if right.explains:
         # Noise has no direction: what a fault takes much of away is that fault, however small.
@@ -204,7 +204,7 @@ def _why_unseen(witness: Witness, fault: Fault) -> str:
     return "its effect here is below the noise of this arithmetic"
 
 
-def _candidate(witness: Witness, faults: tuple[Fault, ...], indices) -> Candidate:
+def _explanation(witness: Witness, faults: tuple[Fault, ...], indices) -> Explanation:
     cost = sum(witness.cost(faults, i) for i in indices) / len(indices)
     distances = [d for i in indices for d in witness.distances(faults, i).values()]
     residual = math.sqrt(sum(d * d for d in distances) / max(len(distances), 1))
@@ -218,7 +218,7 @@ def _candidate(witness: Witness, faults: tuple[Fault, ...], indices) -> Candidat
     excess = usual
     if LIMIT < usual < 100 * LIMIT:
         excess = max(witness.excess(faults, i) for i in indices)
-    return Candidate(tuple(fault.name for fault in faults), residual, excess, cost, energy)
+    return Explanation(tuple(fault.name for fault in faults), residual, excess, cost, energy)
 
 
 def _excess_at_usual_noise(witness: Witness, faults, index: int) -> float:
@@ -226,7 +226,7 @@ def _excess_at_usual_noise(witness: Witness, faults, index: int) -> float:
     return max((d / noise[n] for n, d in witness.distances(faults, index).items()), default=0.0)
 
 
-def _pairs(witness, singles, by_name, seen, progress) -> list[Candidate]:
+def _pairs(witness, singles, by_name, seen, progress) -> list[Explanation]:
     """Pairs that begin with one of the best single faults, cheapest evidence first."""
     every = range(len(witness.evidence))
     first = [by_name[c.faults[0]] for c in singles[:_FIRST]]
@@ -240,12 +240,12 @@ def _pairs(witness, singles, by_name, seen, progress) -> list[Candidate]:
             progress(f"{one.name} and {other.name}")
             tried[one.name, other.name] = sum(witness.cost((one, other), i) for i in cheap)
     best = sorted(tried, key=tried.get)[:_FULL]
-    found = [_candidate(witness, tuple(by_name[n] for n in names), every) for names in best]
+    found = [_explanation(witness, tuple(by_name[n] for n in names), every) for names in best]
     return sorted(found, key=lambda c: c.cost)
 
 
 def _report(witness, status, candidates, hidden, by_name=None) -> Diagnosis:
-    right = _candidate(witness, (), range(len(witness.evidence)))
+    right = _explanation(witness, (), range(len(witness.evidence)))
     out = Diagnosis(
         status,
         (),

@@ -29,7 +29,7 @@ from .faults_list import FAULTS
 DTYPES = ("float32", "bfloat16")
 
 
-class Case(NamedTuple):
+class Planting(NamedTuple):
     """One planted observer and what the doctor said."""
 
     config: str
@@ -92,15 +92,15 @@ class Observer:
         return False
 
 
-def try_singles(observer: Observer, config: str, dtype: str, faults=FAULTS) -> list[Case]:
+def try_singles(observer: Observer, config: str, dtype: str, faults=FAULTS) -> list[Planting]:
     """The right model, and each fault that the configuration can show."""
     plantings = [(), *((f,) for f in faults if not f.hidden(observer.model.config))]
-    return [_case(observer, config, dtype, planted, faults, False) for planted in plantings]
+    return [_planting(observer, config, dtype, planted, faults, False) for planted in plantings]
 
 
 def try_pairs(
     observer: Observer, config: str, dtype: str, count: int, seed: int = 0, faults=FAULTS
-) -> list[Case]:
+) -> list[Planting]:
     """A random sample of pairs, each fault of which shows with the other one planted too."""
     chooser = random.Random(seed)
     able = [f for f in faults if not f.hidden(observer.model.config) and observer.moves((f,))]
@@ -108,15 +108,15 @@ def try_pairs(
     while len(out) < count:
         one, other = chooser.sample(able, 2)
         if one.site != other.site:
-            out.append(_case(observer, config, dtype, (one, other), faults, True))
+            out.append(_planting(observer, config, dtype, (one, other), faults, True))
     return out
 
 
-def _case(observer, config, dtype, planted, faults, pairs: bool) -> Case:
+def _planting(observer, config, dtype, planted, faults, pairs: bool) -> Planting:
     answer = examine(observer.see(planted), faults, pairs=pairs)
     names = tuple(fault.name for fault in planted)
     moves = bool(planted) and observer.moves(planted)
-    return Case(config, dtype, observer.kind, names, moves, answer)
+    return Planting(config, dtype, observer.kind, names, moves, answer)
 
 
 def self_test(
@@ -124,14 +124,14 @@ def self_test(
     pairs: int = 60,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
-) -> list[Case]:
+) -> list[Planting]:
     """All single faults of several models, dtypes and kinds of evidence, and a sample of pairs.
 
     models: by name, None for random ones of CONFIGS.
     """
     if models is None:
         models = {name: random_model(config, seed) for name, config in CONFIGS.items()}
-    cases: list[Case] = []
+    cases: list[Planting] = []
     share, extra = divmod(pairs, len(models))
     for index, (name, model) in enumerate(models.items()):
         for dtype in DTYPES:
@@ -145,7 +145,7 @@ def self_test(
     return cases
 
 
-def summary(cases: Sequence[Case]) -> str:
+def summary(cases: Sequence[Planting]) -> str:
     """Accuracies by configuration, dtype and evidence, and every miss."""
     lines = ["planted   identifiable  named first  named  | configuration, dtype, evidence"]
     keys = dict.fromkeys((c.config, c.dtype, c.evidence, len(c.planted) == 2) for c in cases)
@@ -170,7 +170,7 @@ def summary(cases: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
-def as_json(cases: Sequence[Case]) -> str:
+def as_json(cases: Sequence[Planting]) -> str:
     rows = [
         {**case._asdict(), "answer": case.answer.status, "faults": case.answer.faults}
         | {"alternatives": case.answer.alternatives, "margin": case.answer.margin}
@@ -180,7 +180,7 @@ def as_json(cases: Sequence[Case]) -> str:
     return json.dumps({"cases": rows, "calibration": calibrate(cases)})
 
 
-def calibrate(cases: Sequence[Case]) -> list[tuple[float, float]]:
+def calibrate(cases: Sequence[Planting]) -> list[tuple[float, float]]:
     """(margin, share): at least this share of the answers with at least this margin were right.
 
     Shares are (right + 1) / (all + 2), so that few cases do not make certainty.
@@ -193,7 +193,7 @@ def calibrate(cases: Sequence[Case]) -> list[tuple[float, float]]:
     return steps
 
 
-def write_calibration(cases: Sequence[Case], path: str | Path) -> None:
+def write_calibration(cases: Sequence[Planting], path: str | Path) -> None:
     document = {
         "what": "share of right answers among planted faults, by the margin of the answer",
         "cases": len(cases),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .faults import Fault, Parts, unless
+from .faults import Fault, ModelParts, unless
 from .faults_attention import mask_keys
 
 _UNIT_GATE = 1.2784645427610738  # silu of it is 1
@@ -23,7 +23,7 @@ _LIMITS = unless(lambda c: c.time_step_limit != (0.0, math.inf), "time_step_limi
 # --- projection -----------------------------------------------------------------------------------
 
 
-def _z_and_x_swapped(parts: Parts) -> None:
+def _z_and_x_swapped(parts: ModelParts) -> None:
     """The multipliers stay with their columns, as in a port that only splits wrongly."""
     d = parts.config.d_ssm
     for kind in ("weight", "bias"):
@@ -37,7 +37,7 @@ def _z_and_x_swapped(parts: Parts) -> None:
 # --- step size and decay --------------------------------------------------------------------------
 
 
-def _dt(parts: Parts, change, scan: bool = True, step: bool = True) -> None:
+def _dt(parts: ModelParts, change, scan: bool = True, step: bool = True) -> None:
     """change(dt before softplus) -> dt, then clamped; softplus undone, padding (0) kept.
 
     scan, step: whether the stretch and the decode step are clamped.
@@ -58,18 +58,18 @@ def _bf16_softplus(raw: Tensor) -> Tensor:
     return F.softplus(raw.bfloat16()).to(raw.dtype)
 
 
-def _no_dt_bias(parts: Parts) -> None:
+def _no_dt_bias(parts: ModelParts) -> None:
     parts.change_weights(".dt_bias", torch.zeros_like)
 
 
-def _no_clamp(parts: Parts) -> None:
+def _no_clamp(parts: ModelParts) -> None:
     parts.set(time_step_limit=(0.0, math.inf))
 
 
 def _decay(change):
     """change(A) -> A."""
 
-    def plant(parts: Parts) -> None:
+    def plant(parts: ModelParts) -> None:
         parts.ssd(lambda x, dt, A, B, C, D: (x, dt, change(A), B, C, D))
 
     return plant
@@ -78,15 +78,15 @@ def _decay(change):
 # --- scan -----------------------------------------------------------------------------------------
 
 
-def _no_skip(parts: Parts) -> None:
+def _no_skip(parts: ModelParts) -> None:
     parts.ssd(lambda x, dt, A, B, C, D: (x, dt, A, B, C, torch.zeros_like(D)))
 
 
-def _b_and_c_swapped(parts: Parts) -> None:
+def _b_and_c_swapped(parts: ModelParts) -> None:
     parts.ssd(lambda x, dt, A, B, C, D: (x, dt, A, C, B, D))
 
 
-def _groups_in_turn(parts: Parts) -> None:
+def _groups_in_turn(parts: ModelParts) -> None:
     """Head i reads group i % g. The group axis is the last but one of B and C."""
 
     def inner(op, heads_axis):
@@ -102,7 +102,7 @@ def _groups_in_turn(parts: Parts) -> None:
     parts.wrap("ssd_step", lambda op: inner(op, 1))
 
 
-def _bf16_state(parts: Parts) -> None:
+def _bf16_state(parts: ModelParts) -> None:
     def scan(op):
         def changed(*inputs, **options):
             y, state = op(*inputs, **options)
@@ -122,7 +122,7 @@ def _bf16_state(parts: Parts) -> None:
     parts.wrap("ssd_step", step)
 
 
-def _state_lost(parts: Parts) -> None:
+def _state_lost(parts: ModelParts) -> None:
     def make(op):
         def scan(*inputs, initial_state_bhpn=None, **options):
             return op(*inputs, **options)
@@ -132,7 +132,7 @@ def _state_lost(parts: Parts) -> None:
     parts.wrap("ssd_scan", make)
 
 
-def _state_lost_inside(parts: Parts) -> None:
+def _state_lost_inside(parts: ModelParts) -> None:
     """Between the scan's own chunks: their states are not passed on."""
 
     def make(op):
@@ -162,7 +162,7 @@ def _taps_sum(x_blc, weight_cw, bias_c, window_bvc) -> Tensor:
     return y if bias_c is None else y + bias_c
 
 
-def _no_silu(parts: Parts) -> None:
+def _no_silu(parts: ModelParts) -> None:
     def stretch(op):
         def conv(x, weight, bias=None, *, initial_window_bvc=None, **options):
             _, window = op(x, weight, bias, initial_window_bvc=initial_window_bvc, **options)
@@ -185,7 +185,7 @@ def _no_silu(parts: Parts) -> None:
     parts.wrap("causal_conv1d_step", step)
 
 
-def _conv_shifted(parts: Parts, late: bool) -> None:
+def _conv_shifted(parts: ModelParts, late: bool) -> None:
     """In a stretch of tokens; a decode step has its own code in every port."""
 
     def make(op):
@@ -210,15 +210,15 @@ def _conv_shifted(parts: Parts, late: bool) -> None:
     parts.wrap("causal_conv1d", make)
 
 
-def _taps_reversed(parts: Parts) -> None:
+def _taps_reversed(parts: ModelParts) -> None:
     parts.change_weights(".conv1d.weight", lambda w: w.flip(-1))
 
 
-def _no_conv_bias(parts: Parts) -> None:
+def _no_conv_bias(parts: ModelParts) -> None:
     parts.change_weights(".conv1d.bias", torch.zeros_like)
 
 
-def _window_lost(parts: Parts) -> None:
+def _window_lost(parts: ModelParts) -> None:
     def make(op):
         def conv(*inputs, initial_window_bvc=None, **options):
             return op(*inputs, **options)
@@ -228,7 +228,7 @@ def _window_lost(parts: Parts) -> None:
     parts.wrap("causal_conv1d", make)
 
 
-def _padding_in(parts: Parts) -> None:
+def _padding_in(parts: ModelParts) -> None:
     """The mixer reads padding as tokens, attention does not."""
     parts.keep_padding = True
     mask_keys(parts)
@@ -240,7 +240,7 @@ def _padding_in(parts: Parts) -> None:
 def _gate(make):
     """make(op) -> f(y, z, weight, eps, n_groups, norm_before_gate)."""
 
-    def plant(parts: Parts) -> None:
+    def plant(parts: ModelParts) -> None:
         def wrap(op):
             changed = make(op)
 
@@ -264,7 +264,7 @@ def _gate_without_silu(op):
     return gated
 
 
-def _flipped(parts: Parts) -> None:
+def _flipped(parts: ModelParts) -> None:
     parts.set(mamba_norm_before_gate=not parts.config.mamba_norm_before_gate)
 
 

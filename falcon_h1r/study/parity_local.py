@@ -19,9 +19,8 @@ from ..ops import REFERENCE, Ops
 from ..tap_table import inner_name
 from ..taps import full_names, record, tap_of
 from .budget import FACTOR, FLOOR, relative, truth_of
-from .dump import Inputs, in_layout, real_values
+from .dump import Inputs, compared_names, in_layout, real_values
 from .faults import Patient
-from .parity import compared_names
 
 # Taps at which an input is replaced, and those that only ours have as a place of their own.
 FORCED = tuple(
