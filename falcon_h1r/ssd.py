@@ -92,6 +92,20 @@ def ssd_dual(
     return _scan_in_chunks(x_blhp.shape[1], *inputs)
 
 
+def decay_matrix(dt_blh: Tensor, A_h: Tensor, seq_idx_bl: Tensor | None = None) -> Tensor:
+    """L (b, q, s, h) float64: what is left at position q of what position s wrote.
+
+    L_qs = exp(dt_{s+1} A + .. + dt_q A); 0 where s comes after q or is in another document.
+    """
+    sum_blh = (dt_blh.double() * A_h.double()).cumsum(1)
+    l = sum_blh.shape[1]
+    seen_bqs = torch.ones(l, l, dtype=torch.bool, device=sum_blh.device).tril()[None]
+    if seq_idx_bl is not None:
+        seen_bqs = seen_bqs & (seq_idx_bl[:, :, None] == seq_idx_bl[:, None, :])
+    between_bqsh = sum_blh[:, :, None] - sum_blh[:, None, :]
+    return between_bqsh.masked_fill(~seen_bqs[..., None], -torch.inf).exp()
+
+
 def ssd_chunked(
     x_blhp: Tensor,
     dt_blh: Tensor,
