@@ -1,6 +1,7 @@
 """Where each tensor's error comes from, and the tolerance that follows from it.
 
-Four parts of a tensor's error, each switched on behind the ones before it:
+Four changes lead from the float64 tensor to the one that is computed. What each of them adds is a
+part of the tensor's error:
 
     weights      float64 maths with the weights rounded to the dtype, against the stored ones. Zero
                  by definition where the checkpoint stores no wider ones
@@ -132,49 +133,35 @@ class _ExactLinear(TorchFunctionMode):
         return wide.to(x.dtype)
 
 
+_IN_PLACE = {"causal_conv1d_step": 1, "ssd_step": 0}  # the argument that an operator updates
+
+
 def _exact(table: Ops | None) -> Ops:
     """REFERENCE in float64 with results rounded as its own are; `table`'s scan and step, if any."""
 
     def wide(value):
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    def plain(op):
-        def exact(x, *rest, **options):
-            options = {key: wide(value) for key, value in options.items()}
-            return op(wide(x), *map(wide, rest), **options).to(x.dtype)
+    def rounding(name: str):
+        operator, updated = getattr(REFERENCE, name), _IN_PLACE.get(name)
+
+        def exact(*inputs, **options):
+            widened = [wide(value) for value in inputs]
+            out = operator(*widened, **{key: wide(value) for key, value in options.items()})
+            if updated is not None:
+                inputs[updated].copy_(widened[updated])
+            dtype = inputs[1 if updated == 0 else 0].dtype
+            if not isinstance(out, tuple):
+                return out.to(dtype)
+            second = compute_dtype(dtype) if name == "ssd_scan" else dtype
+            return out[0].to(dtype), out[1].to(second)
 
         return exact
 
-    def conv(x, *rest, **options):
-        options = {key: wide(value) for key, value in options.items()}
-        y, window = REFERENCE.causal_conv1d(wide(x), *map(wide, rest), **options)
-        return y.to(x.dtype), window.to(x.dtype)
-
-    def conv_step(x, window, *rest):
-        held = wide(window)
-        y = REFERENCE.causal_conv1d_step(wide(x), held, *map(wide, rest))
-        window.copy_(held)
-        return y.to(x.dtype)
-
-    def scan(x, *rest, **options):
-        options = {key: wide(value) for key, value in options.items()}
-        y, state = REFERENCE.ssd_scan(wide(x), *map(wide, rest), **options)
-        return y.to(x.dtype), state.to(compute_dtype(x))
-
-    def step(state, x, *rest):
-        held = state.double()
-        y = REFERENCE.ssd_step(held, wide(x), *map(wide, rest))
-        state.copy_(held)
-        return y.to(x.dtype)
-
-    names = "rms_norm gated_rms_norm rope attention decode_attention swiglu".split()
-    return Ops(
-        **{name: plain(getattr(REFERENCE, name)) for name in names},
-        causal_conv1d=conv,
-        causal_conv1d_step=conv_step,
-        ssd_scan=scan if table is None else table.ssd_scan,
-        ssd_step=step if table is None else table.ssd_step,
-    )
+    exact = Ops(**{name: rounding(name) for name in Ops._fields})
+    if table is None:
+        return exact
+    return exact._replace(ssd_scan=table.ssd_scan, ssd_step=table.ssd_step)
 
 
 class Budget:

@@ -25,24 +25,28 @@ from .faults_list import FAULTS
 from .parity_local import operator_of
 
 CALIBRATION = Path(__file__).parent / "doctor-calibration.json"
-_FIRST = 8  # single faults with which pairs are begun
-_LESS = 0.64  # of the residual's energy: what a fault within the noise must leave at most
-_FULL = 10  # pairs judged by all evidence, after the cheapest piece of it
+# A pair holds one of so many single faults, those that explain the evidence best.
+_FIRST = 8
+# Tensors within the noise may still show a small fault. It is named if it leaves at most this share
+# of the sum of squared distances to the right tensors.
+_LESS = 0.64
+# Every pair is judged by the evidence that is cheapest to predict, then so many of them by all.
+_FULL = 10
 
 
 @dataclass
 class Explanation:
-    """One explanation."""
+    """Faults that may have made the evidence, and how well they explain it."""
 
     faults: tuple[str, ...]
-    residual: float  # relative distance that is left
-    excess: float | None  # that in units of the noise, its largest; None: not computed
-    cost: float
+    residual: float  # distance that the faults leave unexplained, relative to the right tensors
+    excess: float  # the largest such distance of any tensor, in units of the noise
+    cost: float  # of `Witness.cost`, mean over the evidence: lower is better
     energy: float  # sum of the squares of all distances, in units of the noise
 
     @property
     def explains(self) -> bool:
-        return self.excess is not None and self.excess <= LIMIT
+        return self.excess <= LIMIT
 
 
 @dataclass
@@ -153,7 +157,7 @@ def examine(
         if fault.name in hidden:
             continue
         progress(fault.name)
-        if all(_effect(witness, fault, i) < 1 for i in every):
+        if all(witness.effect((fault,), i) < 1 for i in every):
             hidden[fault.name] = _why_unseen(witness, fault)
         else:
             seen.append(fault)
@@ -161,7 +165,8 @@ def examine(
     singles = sorted((_explanation(witness, (f,), every) for f in seen), key=lambda c: c.cost)
     by_name = {fault.name: fault for fault in faults}
     if right.explains:
-        # Noise has no direction: what a fault takes much of away is that fault, however small.
+        # A fault moves tensors in a direction of its own, rounding does not. So a fault that
+        # explains a large share of the difference is there, even where the difference is small.
         better = [c for c in singles if c.explains and c.energy < _LESS * right.energy]
         if not better:
             return _report(witness, "no fault", [right], hidden)
@@ -175,20 +180,6 @@ def examine(
             return _report(witness, "two faults", found, hidden, by_name)
     ranked = sorted([*singles[:5], *found], key=lambda c: c.cost)
     return _report(witness, "unknown fault", [*ranked, right], hidden)
-
-
-def _effect(witness: Witness, fault: Fault, index: int) -> float:
-    """How much a fault changes the evidence, in units of the noise."""
-    right, noise = witness.predict((), index), witness.noise((), index)
-    predicted = witness.predict((fault,), index)
-    return max(
-        (
-            doctor_evidence.distance(predicted[name], right[name], right[name]) / noise[name]
-            for name in witness.evidence[index].tensors
-            if name in predicted and name in right
-        ),
-        default=0.0,
-    )
 
 
 def _why_unseen(witness: Witness, fault: Fault) -> str:
@@ -213,17 +204,11 @@ def _explanation(witness: Witness, faults: tuple[Fault, ...], indices) -> Explan
         for i in indices
         for name, d in witness.distances(faults, i).items()
     )
-    # The noise of a fault costs another forward: only where it may matter.
-    usual = max(_excess_at_usual_noise(witness, faults, i) for i in indices)
-    excess = usual
-    if LIMIT < usual < 100 * LIMIT:
+    # The faults' own noise costs another forward, so it is asked for only where it may decide.
+    excess = max(witness.excess(faults, i, own_noise=False) for i in indices)
+    if LIMIT < excess < 100 * LIMIT:
         excess = max(witness.excess(faults, i) for i in indices)
     return Explanation(tuple(fault.name for fault in faults), residual, excess, cost, energy)
-
-
-def _excess_at_usual_noise(witness: Witness, faults, index: int) -> float:
-    noise = witness.noise((), index)
-    return max((d / noise[n] for n, d in witness.distances(faults, index).items()), default=0.0)
 
 
 def _pairs(witness, singles, by_name, seen, progress) -> list[Explanation]:

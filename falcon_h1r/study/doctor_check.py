@@ -21,7 +21,7 @@ from ..taps import full_names, tap_of
 from .adversarial import CONFIGS, random_model
 from .budget import rounded
 from .doctor import Diagnosis, examine
-from .doctor_evidence import LIMIT, Evidence, Witness, distance, of_dump, probes
+from .doctor_evidence import LIMIT, Evidence, Witness, of_dump, probes
 from .dump import Dump, Inputs, take_dump
 from .faults import Fault, Patient
 from .faults_list import FAULTS
@@ -81,15 +81,7 @@ class Observer:
     def moves(self, faults: Sequence[Fault]) -> bool:
         """Whether the faults move anything observed by more than the doctor's limit."""
         witness = self.witness
-        for i, evidence in enumerate(witness.evidence):
-            right, noise = witness.predict((), i), witness.noise((), i)
-            found = witness.predict(faults, i)
-            for name in evidence.tensors:
-                if name in found and name in right:
-                    far = distance(found[name], right[name], right[name])
-                    if far > 2 * LIMIT * noise[name]:
-                        return True
-        return False
+        return any(witness.effect(faults, i) > 2 * LIMIT for i in range(len(witness.evidence)))
 
 
 def try_singles(observer: Observer, config: str, dtype: str, faults=FAULTS) -> list[Planting]:

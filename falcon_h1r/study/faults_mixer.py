@@ -122,14 +122,13 @@ def _bf16_state(parts: ModelParts) -> None:
     parts.wrap("ssd_step", step)
 
 
-def _state_lost(parts: ModelParts) -> None:
-    def make(op):
-        def scan(*inputs, initial_state_bhpn=None, **options):
-            return op(*inputs, **options)
+def _lost(operator: str, option: str):
+    """An operator that does not get what the tokens before have left."""
 
-        return scan
+    def plant(parts: ModelParts) -> None:
+        parts.wrap(operator, lambda op: lambda *a, **options: op(*a, **options | {option: None}))
 
-    parts.wrap("ssd_scan", make)
+    return plant
 
 
 def _state_lost_inside(parts: ModelParts) -> None:
@@ -154,22 +153,26 @@ def _state_lost_inside(parts: ModelParts) -> None:
 # --- convolution ----------------------------------------------------------------------------------
 
 
+def _history(x_blc, weight_cw, window_bvc) -> Tensor:
+    """x behind the given samples, None for zeros: (b, v + l, c)."""
+    if window_bvc is None:
+        window_bvc = x_blc.new_zeros(len(x_blc), weight_cw.shape[1] - 1, x_blc.shape[2])
+    return torch.cat([window_bvc.to(x_blc.dtype), x_blc], dim=1)
+
+
 def _taps_sum(x_blc, weight_cw, bias_c, window_bvc) -> Tensor:
     """The convolution before SiLU, behind the given samples."""
     l, taps = x_blc.shape[1], weight_cw.shape[1]
-    history = torch.cat([window_bvc.to(x_blc.dtype), x_blc], dim=1)
+    history = _history(x_blc, weight_cw, window_bvc)
     y = sum(history[:, i : i + l] * weight_cw[:, i] for i in range(taps))
-    return y if bias_c is None else y + bias_c
+    return (y if bias_c is None else y + bias_c).to(x_blc.dtype)
 
 
 def _no_silu(parts: ModelParts) -> None:
     def stretch(op):
         def conv(x, weight, bias=None, *, initial_window_bvc=None, **options):
             _, window = op(x, weight, bias, initial_window_bvc=initial_window_bvc, **options)
-            before = initial_window_bvc
-            if before is None:
-                before = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2])
-            return _taps_sum(x, weight, bias, before).to(x.dtype), window
+            return _taps_sum(x, weight, bias, initial_window_bvc), window
 
         return conv
 
@@ -177,7 +180,7 @@ def _no_silu(parts: ModelParts) -> None:
         def conv(x, window, weight, bias=None):
             before = window.clone()
             op(x, window, weight, bias)
-            return _taps_sum(x[:, None], weight, bias, before)[:, 0].to(x.dtype)
+            return _taps_sum(x[:, None], weight, bias, before)[:, 0]
 
         return conv
 
@@ -192,15 +195,11 @@ def _conv_shifted(parts: ModelParts, late: bool) -> None:
         def conv(x, weight, bias=None, *, initial_window_bvc=None, **options):
             options["initial_window_bvc"] = initial_window_bvc
             _, window = op(x, weight, bias, **options)
-            before = initial_window_bvc
-            if before is None:
-                before = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2])
             if parts.call.lengths_b is not None:  # what stands behind a row is nothing
                 real = torch.arange(x.shape[1]) < parts.call.lengths_b[:, None]
                 x = x * real[..., None].to(x)
-            nothing = torch.zeros_like(x[:, :1])
-            history = torch.cat([nothing, before.to(x.dtype), x, nothing], dim=1)
-            history = history[:, :-2] if late else history[:, 2:]
+            history = _history(x, weight, initial_window_bvc)
+            history = F.pad(history, (0, 0, 1, -1) if late else (0, 0, -1, 1))
             v = weight.shape[1] - 1
             options["initial_window_bvc"] = history[:, :v]
             return op(history[:, v:], weight, bias, **options)[0], window
@@ -216,16 +215,6 @@ def _taps_reversed(parts: ModelParts) -> None:
 
 def _no_conv_bias(parts: ModelParts) -> None:
     parts.change_weights(".conv1d.bias", torch.zeros_like)
-
-
-def _window_lost(parts: ModelParts) -> None:
-    def make(op):
-        def conv(*inputs, initial_window_bvc=None, **options):
-            return op(*inputs, **options)
-
-        return conv
-
-    parts.wrap("causal_conv1d", make)
 
 
 def _padding_in(parts: ModelParts) -> None:
@@ -322,7 +311,7 @@ MIXER: tuple[Fault, ...] = (
     Fault(
         "state lost between calls",
         "state",
-        _state_lost,
+        _lost("ssd_scan", "initial_state_bhpn"),
         "a chunk of a prompt starts from the cached state",
         needs="chunked",
     ),
@@ -362,7 +351,7 @@ MIXER: tuple[Fault, ...] = (
     Fault(
         "convolution window lost between calls",
         "conv window",
-        _window_lost,
+        _lost("causal_conv1d", "initial_window_bvc"),
         "a chunk starts from the cached last inputs",
         unless(lambda c: c.mamba_d_conv > 1, "the convolution has one tap"),
         "chunked",

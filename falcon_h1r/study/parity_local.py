@@ -1,9 +1,10 @@
-"""The first operator that goes its own way: every place is fed the truth.
+"""The first operator that computes something else than the float64 forward.
 
-In one forward each place that takes an input gets the float64 forward's, rounded to what the place
-takes, so no error reaches the next one: what differs is made where it is seen. That costs as much
-as a forward, so nothing is bisected: all places are judged at once, and the first in the order of
-the forward that is off is named. The yardstick is REFERENCE in the same dtype, fed the same.
+The model runs once more. At each tap of FORCED the input that the float64 forward has there,
+rounded to the input's dtype, takes the place of the model's own. So no error spreads: a tensor that
+is off was made wrong by the operator that made it. One such forward judges all operators. The first
+of them, in the order of the forward, is named whose error is more than twice the error of REFERENCE
+in the same dtype on the same inputs.
 """
 
 from __future__ import annotations

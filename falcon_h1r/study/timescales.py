@@ -40,8 +40,8 @@ class Reach(NamedTuple):
 def receptive_field(matrix: Tensor, mass: float = MASS) -> Reach:
     """Of each row t of matrix (..., l, l), whose entries right of the diagonal are 0.
 
-    The row's mass is the sum of |entries|; a row of zeros has 0 tokens. Counted in float64, with
-    1e-12 of the mass forgiven, or the last rounding would ask for the whole row.
+    The row's mass is the sum of |entries|; a row of zeros has 0 tokens. Sums are float64, and 1e-12
+    of the mass may be missing: rounding can leave the sum of the whole row a little short.
     """
     size = matrix.double().abs()
     l = size.shape[-1]
