@@ -132,12 +132,15 @@ def compare(
     """Every tensor of every dtype, path and table.
 
     model: in the dtype it is stored in; inputs: by path; tables: by name; budget: of this model,
-    for these dtypes and paths; None: measured here, for the price of four forwards of each in
-    float64. layers: whose taps to compare, None for all; faults: planted in ours, for tests.
+    for these dtypes and paths; None: measured here, by five more forwards of each. layers: whose
+    taps to compare, None for all; faults: planted in ours, for tests. Raises ValueError for a
+    budget that lacks a dtype or path.
     """
     names = compared_names(model.config, layers)
     if budget is None:
         budget = make_budget(model, inputs, dtypes, {}, names=names)
+    elif not budget.covers(dtypes, inputs):
+        raise ValueError("budget: it lacks a dtype or path that is compared")
     rows, divergences = [], {}
     for dtype in dtypes:
         narrow = rounded(model, getattr(torch, dtype))

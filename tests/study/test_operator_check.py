@@ -12,6 +12,7 @@ from tiny_cli import run, write_checkpoint
 
 from falcon_h1r.ops import REFERENCE, TORCH, Ops
 from falcon_h1r.study import check
+from falcon_h1r.study.budget import Budget
 from falcon_h1r.study.operator_check import as_table
 from falcon_h1r.study.parity import compare, make_inputs
 
@@ -286,3 +287,5 @@ def test_parity_of_any_model_needs_no_budget():
     report = compare(model, inputs, ["float32"], {"torch": TORCH})
     assert report.rows and not report.beyond
     assert all(row.tolerance is not None for row in report.rows)
+    with pytest.raises(ValueError, match="budget: it lacks a dtype or path"):
+        compare(model, inputs, ["float32"], {"torch": TORCH}, Budget({}, "", "", {}))
