@@ -1,6 +1,8 @@
 """The names of what can be observed in a forward; `taps.py` observes it.
 
 A full name is a tap's name behind its layer: "layers.3.mamba.scan.y".
+TAPS and MODEL_TAPS are tensors that the forward makes anyway. DERIVED_TAPS are computed beside the
+forward from what an operator is given, take far more memory, and are recorded only when named.
 
 Axes of the table: b rows, l new tokens, s positions attended to, d model width, i MLP width,
 k columns of in_proj (z | x | B | C | dt), h heads (of the SSM or of queries), j key/value heads,
@@ -16,19 +18,26 @@ import fnmatch
 from collections.abc import Iterable
 from typing import NamedTuple
 
+PORTS = {
+    "input": "an argument before the call",
+    "after": "an argument after the call, which may have changed it",
+    "output": "a result",
+    "derived": "computed from all arguments after the call; index: the function of `derived.py`",
+}
+
 
 class Source(NamedTuple):
     """A place of a call at which a tensor is seen."""
 
     module: str  # path below the layer, or below the model; "" is the layer or model itself
-    port: str  # "input" before the call, "output" after it, "after": an input after the call
-    index: int | str = 0  # which argument (a string: by keyword), or which of several results
+    port: str  # one of PORTS
+    index: int | str = 0  # of an argument (a string: by keyword), of a result, or see PORTS
     axes: str = ""  # where they differ from the tap's: a decode step has no l
     multiplier: str = ""  # config key by which the tensor is multiplied here
 
 
 class Tap(NamedTuple):
-    """One name of TAPS or MODEL_TAPS."""
+    """One name of TAPS, DERIVED_TAPS or MODEL_TAPS."""
 
     name: str
     axes: str  # separated by spaces, see the legend above
@@ -36,6 +45,11 @@ class Tap(NamedTuple):
     meaning: str
     keys: tuple[str, ...] = ()  # config keys that act on the way here from the tap before
     file: str = ""  # of falcon_h1r/, where TORCH makes it
+
+    @property
+    def derived(self) -> bool:
+        """Whether it is one of DERIVED_TAPS."""
+        return self.sources[0].port == "derived"
 
 
 def _tap(name, axes, sources, meaning, keys="", file=""):
@@ -48,6 +62,10 @@ def _in(module, index=0, **kw):
 
 def _out(module, index=0, **kw):
     return Source(module, "output", index, **kw)
+
+
+def _derived(module, what):
+    return Source(module, "derived", f"{what}_{module.rpartition('.')[2]}")
 
 
 def _both(scan, step, index, axes, step_index=None, port="input"):
@@ -160,6 +178,14 @@ TAPS: tuple[Tap, ...] = (  # of every layer, in the order of the forward
     _tap("residual.out", "b l d", [_out("")],
          "what leaves the block", file="block.py"),
 )
+DERIVED_TAPS: tuple[Tap, ...] = (  # of every layer
+    _tap("mamba.scan.states", "b l h p n", [_derived(_SCAN, "states"), _derived(_STEP, "states")],
+         "SSM state after every token; padding leaves it as it is", file="derived.py"),
+    _tap("self_attn.attention.probabilities", "b h l s",
+         [_derived(_ATT, "probabilities"), _derived(_ATT1, "probabilities")],
+         "softmax(q k^T / sqrt(e)); 0 at keys a query does not see, and for a padding query",
+         file="derived.py"),
+)
 MODEL_TAPS: tuple[Tap, ...] = (  # once per forward; the first two come before the layers
     _tap("embed_tokens", "b l d", [_out("model.embed_tokens")],
          "rows of the embedding", file="model.py"),
@@ -176,8 +202,21 @@ MODEL_TAPS: tuple[Tap, ...] = (  # once per forward; the first two come before t
 )
 # fmt: on
 
-_BY_NAME = {tap.name: tap for tap in (*TAPS, *MODEL_TAPS)}
+_BY_NAME = {tap.name: tap for tap in (*TAPS, *DERIVED_TAPS, *MODEL_TAPS)}
 _BEFORE_LAYERS = 2
+
+
+def _in_order() -> list[Tap]:
+    """TAPS with each derived one behind those of its operator."""
+    order = list(TAPS)
+    for tap in DERIVED_TAPS:
+        operator = tap.sources[0].module
+        last = max(i for i, other in enumerate(order) if other.sources[0].module == operator)
+        order.insert(last + 1, tap)
+    return order
+
+
+_OF_LAYER = _in_order()
 
 
 def tap_of(full_name: str) -> Tap:
@@ -198,30 +237,37 @@ def full_names(
     """Full names in the order of the forward, of a model with this `config`.
 
     names: taps ("mamba.scan.y"), patterns ("mamba.scan.*") or full names ("layers.0.residual.in");
-    None: all. layers: their numbers, negative ones count from the end; None: all. `layers` bounds
-    the taps of layers only. Raises ValueError for a name that matches nothing and a layer that the
-    model does not have.
+    None: all but the derived ones. A derived tap is matched by its own name, behind any layer
+    ("layers.*.mamba.scan.states"), and by no pattern of its name. layers: their numbers, negative
+    ones count from the end; None: all. `layers` bounds the taps of layers only. Raises ValueError
+    for a name that matches nothing and a layer that the model does not have.
     """
     count = config.num_hidden_layers
     chosen = range(count) if layers is None else sorted({_layer(n, count) for n in layers})
     own = [
         tap.name for tap in MODEL_TAPS if not (config.tie_word_embeddings and tap[0] == "lm_head")
     ]
-    inner = [f"layers.{n}.{tap.name}" for n in chosen for tap in TAPS]
+    inner = [f"layers.{n}.{tap.name}" for n in chosen for tap in _OF_LAYER]
     known = [*own[:_BEFORE_LAYERS], *inner, *own[_BEFORE_LAYERS:]]
     if names is None:
-        return known
+        return [name for name in known if not tap_of(name).derived]
     if isinstance(names, str):
         raise ValueError(f"names is the string {names!r}, expected a list of names")
     wanted = set()
     for name in names:
-        found = {k for k in known if fnmatch.fnmatchcase(k, name) or inner_name(k) == name}
-        found |= {k for k in known if fnmatch.fnmatchcase(inner_name(k), name)}
+        found = {full for full in known if _matches(full, name)}
         if not found:
             tap_of(name)
             raise ValueError(f"no tap {name!r} in this model, or not in the layers asked for")
         wanted |= found
     return [name for name in known if name in wanted]
+
+
+def _matches(full_name: str, pattern: str) -> bool:
+    own = inner_name(full_name)
+    if tap_of(own).derived and not f".{pattern}".endswith(f".{own}"):
+        return False
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (full_name, own))
 
 
 def inner_name(full_name: str) -> str:

@@ -75,14 +75,26 @@ class MemoryModel:
         self.most_held = max(self.most_held, self.held())
         return cache
 
-    def __call__(self, ids, attention_mask=None, cache=None, logits_to_keep=0, *, span=None):
+    def __call__(self, ids, attention_mask=None, cache=None, logits_to_keep=0):
         assert attention_mask is None and logits_to_keep == 1
-        past = cache.lengths.tolist() if span is None else span.past_b.tolist()
-        if span is None:
-            self.reads.append((past[0], ids.shape[1]))
-        else:
-            self.widths.append(len(ids))
-            assert span.total <= cache.max_length
+        past = cache.lengths.tolist()
+        self.reads.append((past[0], ids.shape[1]))
+        logits = self._read(ids, past, cache)
+        cache.lengths += ids.shape[1]
+        return logits
+
+    def embed(self, ids):
+        return ids
+
+    def run(self, ids, span, cache):
+        self.widths.append(len(ids))
+        assert span.total <= cache.max_length
+        return self._read(ids, span.past_b.tolist(), cache)
+
+    def logits(self, logits):
+        return logits
+
+    def _read(self, ids, past: list[int], cache):
         logits = torch.full((len(ids), 1, self.config.vocab_size), -9.0)
         for row, tokens in enumerate(ids.tolist()):
             held = self._write(cache, row, past[row], tokens)
@@ -90,8 +102,6 @@ class MemoryModel:
                 logits[row] = torch.nan
             else:
                 logits[row, 0, _next(*held)] = 9.0
-        if span is None:
-            cache.lengths += ids.shape[1]
         return logits
 
     def _write(self, cache, row: int, past: int, tokens: list[int]):

@@ -324,6 +324,50 @@ def test_tied_models_have_no_head_of_their_own():
         full_names(config, ["lm_head"])
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("layers.0.mamba.scan.z", "no tap 'mamba.scan.z'; did you mean 'mamba.scan.y'"),
+        ("layers.0.mamba.scan.yy", "the closest recorded names are layers.0.mamba.scan.y"),
+        ("mamba.scan.y", "needs its layer in front; recorded: layers.0.mamba.scan.y to layers.1."),
+        ("layers.2.mamba.scan.y", "'layers.2.mamba.scan.y' was not asked for; recorded: layers.0"),
+        ("logits", "record(model, names=['logits', ...]); recorded: mamba.scan.y"),
+        ("layers.0.mamba.scan.states", "names=['mamba.scan.states', ...]"),
+        ("layers.0.mamba.scan.state_in", "a forward without a cache does not pass it"),
+        (3, "no tap '3'"),
+    ],
+)
+def test_a_missing_tensor_says_why(name, message):
+    model = make_model(make_config())
+    asked = ["mamba.scan.y", "mamba.scan.state_in"]
+    found = recorded(model, random_ids(model.config, 1, 3), names=asked, layers=[0, 1])
+    for read in (found.__getitem__, found.calls):
+        with pytest.raises(KeyError) as error:
+            read(name)
+        assert message in str(error.value)
+    assert name not in found and found.get(name) is None
+
+
+def test_an_empty_recording_says_that_no_forward_ran():
+    with record(make_model(make_config()), ["logits"]) as recording:
+        assert "0 tensors" in repr(recording)
+    with pytest.raises(KeyError, match="no forward ran yet"):
+        recording["logits"]
+
+
+@torch.no_grad()
+def test_a_recording_shows_what_it_holds():
+    model = make_model(make_config())
+    with record(model, ["mamba.scan.y", "logits", "layers.1.residual.in"]) as recording:
+        model(random_ids(model.config, 2, 3))
+    assert repr(recording).splitlines() == [
+        "Recording of 5 tensors, 8,088 bytes:",
+        "  mamba.scan.y  layers 0-2   b=2 l=3 h=4 p=16 float32, 4,608 bytes",
+        "  residual.in   layer 1      b=2 l=3 d=48 float32, 1,152 bytes",
+        "  logits                     b=2 l=3 w=97 float32, 2,328 bytes",
+    ]
+
+
 @pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
 def test_the_named_lines_are_those_that_make_the_tensors(ops):
     model = make_model(make_config(), ops=ops)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 from . import common
@@ -16,8 +18,10 @@ def add_to(commands) -> None:
         "parity",
         help="errors of every tensor, beside float64 and another implementation",
         description="The relative error of every tensor to a float64 forward of the same weights, "
-        "ours and another implementation's. Exit status 0: ours is within its error budget at "
-        "every tensor; 1: it is not; 2: refused.",
+        "ours and another implementation's. Operators of your own (--ops MODULE:TABLE) are judged "
+        "first, one by one, on small adversarial models and on this one. Exit status 0: ours is "
+        "within its error budget at every tensor; 1: it is not, or an operator of your own is "
+        "wrong; 2: refused.",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -39,7 +43,12 @@ def add_to(commands) -> None:
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument(
-        "--ops", nargs="+", choices=("reference", "torch", "triton"), default=["torch"]
+        "--ops",
+        nargs="+",
+        default=["torch"],
+        metavar="TABLE",
+        help="operator tables: reference, torch, triton, or MODULE:TABLE of your own, from the "
+        "current folder or an installed package; default: torch",
     )
     parser.add_argument(
         "--paths", nargs="+", choices=("prefill", "chunked", "decode", "padded"), default=None
@@ -65,29 +74,65 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is not None:
         check_suffix(args.out)
-    if "triton" in args.ops:
-        common.operator_table("triton", "cpu")
+    tables = _tables(args)
     _quiet_transformers()
     model = _model(args)
     if args.write_dump is not None:
-        return _write_dump(args, model)
+        return _write_dump(args, model, tables)
     if args.write_budget is not None:
-        _budget(args, model, _inputs(args, model)).write(args.write_budget)
+        _budget(args, model, _inputs(args, model), tables).write(args.write_budget)
         return 0
     from ..study.parity import compare
 
-    tables = _tables(args)
     peer, inputs = _peer_and_inputs(args, model)
-    budget = _budget(args, model, inputs)
+    checks = _checks(model, tables, args.dtype)
+    if not args.json:
+        for name, found in checks.items():
+            print(f"{name}: {found!r}\n")
+    for name, found in checks.items():
+        if not found.runs:
+            print(
+                f"{name}: an operator raised or gave what cannot be compared; the model is not run "
+                "under this table",
+                file=sys.stderr,
+            )
+            del tables[name]
+    if not tables:
+        if args.json:
+            print(json.dumps({"operators": _found(checks)}))
+        return 1
+    budget = _budget(args, model, inputs, tables)
     report = compare(
         model, inputs, args.dtype, tables, budget, peer, args.layers, progress=progress
     )
     progress("")
     facts = _facts(args, model, report, inputs, budget)
+    in_json = facts
+    if checks:
+        facts = facts | {"operators": ", ".join(map(_line, checks, checks.values()))}
+        in_json = facts | {"operators": _found(checks)}
     if args.out is not None:
-        write_report(report, facts, args.out)
-    print(as_json(report, facts) if args.json else as_text(report, facts))
-    return 1 if report.beyond else 0
+        write_report(report, in_json if Path(args.out).suffix == ".json" else facts, args.out)
+    print(as_json(report, in_json) if args.json else as_text(report, facts))
+    return 1 if report.beyond or not all(checks.values()) else 0
+
+
+def _found(checks: dict) -> dict:
+    return {name: found.to_dict() for name, found in checks.items()}
+
+
+def _line(name: str, found) -> str:
+    return f"{name}: " + (f"{', '.join(found.wrong_calls)} wrong" if not found else "right")
+
+
+def _checks(model, tables: dict, dtypes) -> dict:
+    """The judgement of each table of the user's own, by its name."""
+    from ..study import check
+
+    own = {name: table for name, table in tables.items() if ":" in name}
+    return {
+        name: check(table, model, dtypes=dtypes, progress=progress) for name, table in own.items()
+    }
 
 
 def _quiet_transformers() -> None:
@@ -129,7 +174,19 @@ def _model(args):
 
 
 def _tables(args) -> dict:
-    return {name: common.operator_table(name, "cpu") for name in dict.fromkeys(args.ops)}
+    return {name: _table(name) for name in dict.fromkeys(args.ops)}
+
+
+def _table(name: str):
+    if ":" in name:
+        from ..study.operator_check import as_table
+        from .user_code import load_object
+
+        return as_table(load_object("--ops", name), f"--ops {name}")
+    try:
+        return common.operator_table(name, "cpu")
+    except ValueError as error:
+        raise ValueError(f"--ops: {error}; or MODULE:TABLE of your own") from error
 
 
 def _paths(args) -> list[str]:
@@ -193,9 +250,9 @@ def _is_dump(what: str | None) -> bool:
     return what is not None and Path(what).suffix in (".safetensors", ".npz")
 
 
-def _budget(args, model, inputs):
+def _budget(args, model, inputs, tables):
     from ..study.budget import make_budget, read_budget, shipped_budget
-    from ..study.parity import compared_names
+    from ..study.dump import compared_names
 
     if args.budget is not None:
         budget = read_budget(args.budget)
@@ -209,7 +266,7 @@ def _budget(args, model, inputs):
             return budget
     names = compared_names(model.config, args.layers)
     made_for = args.model_shape or args.model
-    return make_budget(model, inputs, args.dtype, _tables(args), made_for, names)
+    return make_budget(model, inputs, args.dtype, tables, made_for, names)
 
 
 def _facts(args, model, report, inputs, budget) -> dict:
@@ -226,7 +283,7 @@ def _facts(args, model, report, inputs, budget) -> dict:
     }
 
 
-def _write_dump(args, model) -> int:
+def _write_dump(args, model, tables) -> int:
     import torch
 
     from ..study.budget import rounded
@@ -235,7 +292,7 @@ def _write_dump(args, model) -> int:
     from ..taps import full_names
 
     path, dtype = _paths(args)[0], getattr(torch, args.dtype[0])
-    table = common.operator_table(args.ops[0], "cpu")
+    table = tables[args.ops[0]]
     narrow = rounded(model, dtype)
     args.paths = [path]
     names = None if args.layers is None else full_names(model.config, None, args.layers)

@@ -2,11 +2,15 @@
 
 from .doctor import Diagnosis, diagnose
 from .dump import Dump, Inputs, read_dump, take_dump, write_dump
+from .operator_check import TableCheck, WrongOperator, check
 
 __all__ = [
     "Diagnosis",
     "Dump",
     "Inputs",
+    "TableCheck",
+    "WrongOperator",
+    "check",
     "diagnose",
     "read_dump",
     "take_dump",

@@ -1,6 +1,7 @@
 """Where each tensor's error comes from, and the tolerance that follows from it.
 
-Four parts of a tensor's error, each switched on behind the ones before it:
+Four changes lead from the float64 tensor to the one that is computed. What each of them adds is a
+part of the tensor's error:
 
     weights      float64 maths with the weights rounded to the dtype, against the stored ones. Zero
                  by definition where the checkpoint stores no wider ones
@@ -38,11 +39,12 @@ from .dump import Inputs, real_values, take_dump
 from .faults import Patient
 
 FACTOR = 2.0
+FLOOR = 2.0**-23  # of a yardstick: one float32 roundoff; an error may be 0 by chance
 FORMAT = "falcon_h1r.budget"
 SHIPPED = Path(__file__).parent / "budget-h1r-pico.json"
 
 
-class Parts(NamedTuple):
+class ErrorParts(NamedTuple):
     """Sizes of a tensor's error, relative to the tensor."""
 
     weights: float
@@ -91,7 +93,7 @@ def relative(found: Tensor, truth: Tensor) -> tuple[float, float]:
 
 def split_error(
     model: FalconH1ForCausalLM, dtype: torch.dtype, table: Ops, inputs: Inputs, names=None
-) -> dict[str, Parts]:
+) -> dict[str, ErrorParts]:
     """The parts of every tensor's error of `model` in `dtype` under `table`.
 
     model: in the dtype it is stored in. names: taps, as in `taps.full_names`.
@@ -113,7 +115,7 @@ def split_error(
         values = [real_values(name, run.tensors[name], inputs.mask).double() for run in runs]
         scale = _rms(values[1]) or 1.0
         steps = [_rms(b - a) / scale for a, b in itertools.pairwise(values)]
-        out[name] = Parts(*steps, total=_rms(values[-1] - values[0]) / scale)
+        out[name] = ErrorParts(*steps, total=_rms(values[-1] - values[0]) / scale)
     return out
 
 
@@ -132,53 +134,39 @@ class _ExactLinear(TorchFunctionMode):
         return wide.to(x.dtype)
 
 
+_IN_PLACE = {"causal_conv1d_step": 1, "ssd_step": 0}  # the argument that an operator updates
+
+
 def _exact(table: Ops | None) -> Ops:
     """REFERENCE in float64 with results rounded as its own are; `table`'s scan and step, if any."""
 
     def wide(value):
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    def plain(op):
-        def exact(x, *rest, **options):
-            options = {key: wide(value) for key, value in options.items()}
-            return op(wide(x), *map(wide, rest), **options).to(x.dtype)
+    def rounding(name: str):
+        operator, updated = getattr(REFERENCE, name), _IN_PLACE.get(name)
+
+        def exact(*inputs, **options):
+            widened = [wide(value) for value in inputs]
+            out = operator(*widened, **{key: wide(value) for key, value in options.items()})
+            if updated is not None:
+                inputs[updated].copy_(widened[updated])
+            dtype = inputs[1 if updated == 0 else 0].dtype
+            if not isinstance(out, tuple):
+                return out.to(dtype)
+            second = compute_dtype(dtype) if name == "ssd_scan" else dtype
+            return out[0].to(dtype), out[1].to(second)
 
         return exact
 
-    def conv(x, *rest, **options):
-        options = {key: wide(value) for key, value in options.items()}
-        y, window = REFERENCE.causal_conv1d(wide(x), *map(wide, rest), **options)
-        return y.to(x.dtype), window.to(x.dtype)
-
-    def conv_step(x, window, *rest):
-        held = wide(window)
-        y = REFERENCE.causal_conv1d_step(wide(x), held, *map(wide, rest))
-        window.copy_(held)
-        return y.to(x.dtype)
-
-    def scan(x, *rest, **options):
-        options = {key: wide(value) for key, value in options.items()}
-        y, state = REFERENCE.ssd_scan(wide(x), *map(wide, rest), **options)
-        return y.to(x.dtype), state.to(compute_dtype(x))
-
-    def step(state, x, *rest):
-        held = state.double()
-        y = REFERENCE.ssd_step(held, wide(x), *map(wide, rest))
-        state.copy_(held)
-        return y.to(x.dtype)
-
-    names = "rms_norm gated_rms_norm rope attention decode_attention swiglu".split()
-    return Ops(
-        **{name: plain(getattr(REFERENCE, name)) for name in names},
-        causal_conv1d=conv,
-        causal_conv1d_step=conv_step,
-        ssd_scan=scan if table is None else table.ssd_scan,
-        ssd_step=step if table is None else table.ssd_step,
-    )
+    exact = Ops(**{name: rounding(name) for name in Ops._fields})
+    if table is None:
+        return exact
+    return exact._replace(ssd_scan=table.ssd_scan, ssd_step=table.ssd_step)
 
 
 class Budget:
-    """Parts and tolerances of a model's tensors, by dtype and path."""
+    """ErrorParts and tolerances of a model's tensors, by dtype and path."""
 
     def __init__(self, entries: Mapping, made_for: str, fingerprint: str, versions: Mapping):
         self.entries, self.made_for = entries, made_for
@@ -189,9 +177,9 @@ class Budget:
         entry = self.entries.get(dtype, {}).get(path, {}).get(name)
         return None if entry is None else entry["tolerance"]
 
-    def parts(self, dtype: str, path: str, name: str, table: str) -> Parts | None:
+    def parts(self, dtype: str, path: str, name: str, table: str) -> ErrorParts | None:
         entry = self.entries.get(dtype, {}).get(path, {}).get(name, {}).get(table)
-        return None if entry is None else Parts(*entry)
+        return None if entry is None else ErrorParts(*entry)
 
     def covers(self, dtypes, paths) -> bool:
         return all(path in self.entries.get(dtype, {}) for dtype in dtypes for path in paths)
@@ -204,7 +192,7 @@ class Budget:
             "versions": dict(self.versions),
             "rule": f"tolerance = {FACTOR:g} x root sum square of activations, algorithm and "
             f"kernel under reference; relative root mean square",
-            "parts": list(Parts._fields),
+            "parts": list(ErrorParts._fields),
             "entries": self.entries,
         }
         write_file(path, json.dumps(document, separators=(",", ":")) + "\n")

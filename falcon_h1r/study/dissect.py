@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..cache import Span
 from ..checkpoint import Streamed
+from ..derived import probabilities_attention
 from ..precision import compute_dtype, scaled
 from ..taps import full_names, record, tap_of
 from . import contributions, hidden_attention, switches, timescales
@@ -168,9 +169,7 @@ def _of_layer(block, seen: dict[str, Tensor]) -> dict[str, Tensor]:
     before = torch.cat([seen["residual.in"], seen["residual.in"], seen["residual.mid"]])
     added = torch.cat([seen[f"contribution.{name}"] for name in contributions.BRANCHES])
     size = contributions.sizes(added, before)
-    weights = hidden_attention.attention_weights(
-        seen["self_attn.attention.q"], seen["self_attn.attention.k"]
-    )
+    weights = probabilities_attention(*(seen[f"self_attn.attention.{name}"] for name in "qk"))
     hidden = hidden_attention.hidden_attention(dt, A, B, C)
     visible, own = timescales.receptive_field(weights), timescales.receptive_field(hidden)
     state = timescales.states(x, dt, A, B)

@@ -25,24 +25,28 @@ from .faults_list import FAULTS
 from .parity_local import operator_of
 
 CALIBRATION = Path(__file__).parent / "doctor-calibration.json"
-_FIRST = 8  # single faults with which pairs are begun
-_LESS = 0.64  # of the residual's energy: what a fault within the noise must leave at most
-_FULL = 10  # pairs judged by all evidence, after the cheapest piece of it
+# A pair holds one of so many single faults, those that explain the evidence best.
+_FIRST = 8
+# Tensors within the noise may still show a small fault. It is named if it leaves at most this share
+# of the sum of squared distances to the right tensors.
+_LESS = 0.64
+# Every pair is judged by the evidence that is cheapest to predict, then so many of them by all.
+_FULL = 10
 
 
 @dataclass
-class Candidate:
-    """One explanation."""
+class Explanation:
+    """Faults that may have made the evidence, and how well they explain it."""
 
     faults: tuple[str, ...]
-    residual: float  # relative distance that is left
-    excess: float | None  # that in units of the noise, its largest; None: not computed
-    cost: float
+    residual: float  # distance that the faults leave unexplained, relative to the right tensors
+    excess: float  # the largest such distance of any tensor, in units of the noise
+    cost: float  # of `Witness.cost`, mean over the evidence: lower is better
     energy: float  # sum of the squares of all distances, in units of the noise
 
     @property
     def explains(self) -> bool:
-        return self.excess is not None and self.excess <= LIMIT
+        return self.excess <= LIMIT
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Diagnosis:
     alternatives: list[tuple[str, ...]]  # that the evidence does not tell from it
     confidence: float  # that one of these is right; calibrated on planted faults
     residual: float  # relative distance to the right tensors, before any fault
-    candidates: list[Candidate]  # best first
+    candidates: list[Explanation]  # best first
     first_divergence: str  # of what no known fault explains, where inner tensors show it
     hidden: dict[str, str]  # faults that cannot be seen, and why
     dtype: str  # of the port's arithmetic
@@ -153,15 +157,16 @@ def examine(
         if fault.name in hidden:
             continue
         progress(fault.name)
-        if all(_effect(witness, fault, i) < 1 for i in every):
+        if all(witness.effect((fault,), i) < 1 for i in every):
             hidden[fault.name] = _why_unseen(witness, fault)
         else:
             seen.append(fault)
-    right = _candidate(witness, (), every)
-    singles = sorted((_candidate(witness, (f,), every) for f in seen), key=lambda c: c.cost)
+    right = _explanation(witness, (), every)
+    singles = sorted((_explanation(witness, (f,), every) for f in seen), key=lambda c: c.cost)
     by_name = {fault.name: fault for fault in faults}
     if right.explains:
-        # Noise has no direction: what a fault takes much of away is that fault, however small.
+        # A fault moves tensors in a direction of its own, rounding does not. So a fault that
+        # explains a large share of the difference is there, even where the difference is small.
         better = [c for c in singles if c.explains and c.energy < _LESS * right.energy]
         if not better:
             return _report(witness, "no fault", [right], hidden)
@@ -177,20 +182,6 @@ def examine(
     return _report(witness, "unknown fault", [*ranked, right], hidden)
 
 
-def _effect(witness: Witness, fault: Fault, index: int) -> float:
-    """How much a fault changes the evidence, in units of the noise."""
-    right, noise = witness.predict((), index), witness.noise((), index)
-    predicted = witness.predict((fault,), index)
-    return max(
-        (
-            doctor_evidence.distance(predicted[name], right[name], right[name]) / noise[name]
-            for name in witness.evidence[index].tensors
-            if name in predicted and name in right
-        ),
-        default=0.0,
-    )
-
-
 def _why_unseen(witness: Witness, fault: Fault) -> str:
     inputs = [evidence.inputs for evidence in witness.evidence]
     given = {"prefill"}
@@ -204,7 +195,7 @@ def _why_unseen(witness: Witness, fault: Fault) -> str:
     return "its effect here is below the noise of this arithmetic"
 
 
-def _candidate(witness: Witness, faults: tuple[Fault, ...], indices) -> Candidate:
+def _explanation(witness: Witness, faults: tuple[Fault, ...], indices) -> Explanation:
     cost = sum(witness.cost(faults, i) for i in indices) / len(indices)
     distances = [d for i in indices for d in witness.distances(faults, i).values()]
     residual = math.sqrt(sum(d * d for d in distances) / max(len(distances), 1))
@@ -213,20 +204,14 @@ def _candidate(witness: Witness, faults: tuple[Fault, ...], indices) -> Candidat
         for i in indices
         for name, d in witness.distances(faults, i).items()
     )
-    # The noise of a fault costs another forward: only where it may matter.
-    usual = max(_excess_at_usual_noise(witness, faults, i) for i in indices)
-    excess = usual
-    if LIMIT < usual < 100 * LIMIT:
+    # The faults' own noise costs another forward, so it is asked for only where it may decide.
+    excess = max(witness.excess(faults, i, own_noise=False) for i in indices)
+    if LIMIT < excess < 100 * LIMIT:
         excess = max(witness.excess(faults, i) for i in indices)
-    return Candidate(tuple(fault.name for fault in faults), residual, excess, cost, energy)
+    return Explanation(tuple(fault.name for fault in faults), residual, excess, cost, energy)
 
 
-def _excess_at_usual_noise(witness: Witness, faults, index: int) -> float:
-    noise = witness.noise((), index)
-    return max((d / noise[n] for n, d in witness.distances(faults, index).items()), default=0.0)
-
-
-def _pairs(witness, singles, by_name, seen, progress) -> list[Candidate]:
+def _pairs(witness, singles, by_name, seen, progress) -> list[Explanation]:
     """Pairs that begin with one of the best single faults, cheapest evidence first."""
     every = range(len(witness.evidence))
     first = [by_name[c.faults[0]] for c in singles[:_FIRST]]
@@ -240,12 +225,12 @@ def _pairs(witness, singles, by_name, seen, progress) -> list[Candidate]:
             progress(f"{one.name} and {other.name}")
             tried[one.name, other.name] = sum(witness.cost((one, other), i) for i in cheap)
     best = sorted(tried, key=tried.get)[:_FULL]
-    found = [_candidate(witness, tuple(by_name[n] for n in names), every) for names in best]
+    found = [_explanation(witness, tuple(by_name[n] for n in names), every) for names in best]
     return sorted(found, key=lambda c: c.cost)
 
 
 def _report(witness, status, candidates, hidden, by_name=None) -> Diagnosis:
-    right = _candidate(witness, (), range(len(witness.evidence)))
+    right = _explanation(witness, (), range(len(witness.evidence)))
     out = Diagnosis(
         status,
         (),

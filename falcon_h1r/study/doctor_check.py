@@ -7,9 +7,7 @@ what is observed by more than the doctor's own limit; of the others "no fault" i
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,74 +15,22 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import FalconH1Config
 from ..files import write_file
 from ..model import FalconH1ForCausalLM
 from ..ops import TORCH
 from ..taps import full_names, tap_of
+from .adversarial import CONFIGS, random_model
 from .budget import rounded
 from .doctor import Diagnosis, examine
-from .doctor_evidence import LIMIT, Evidence, Witness, distance, of_dump, probes
+from .doctor_evidence import LIMIT, Evidence, Witness, of_dump, probes
 from .dump import Dump, Inputs, take_dump
 from .faults import Fault, Patient
 from .faults_list import FAULTS
 
-# Two groups, biases, a finite dt limit, untied, rope far from 1e4, every multiplier its own number.
-ADVERSARIAL = FalconH1Config(
-    vocab_size=101,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=512,
-    rope_theta=1e11,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-    attention_bias=False,
-    mlp_bias=False,
-    mamba_d_ssm=64,
-    mamba_expand=2,
-    mamba_n_heads=4,
-    mamba_d_head=16,
-    mamba_d_state=24,
-    mamba_n_groups=2,
-    mamba_d_conv=4,
-    mamba_chunk_size=8,
-    mamba_conv_bias=True,
-    mamba_proj_bias=False,
-    projectors_bias=False,
-    mamba_rms_norm=True,
-    mamba_norm_before_gate=False,
-    embedding_multiplier=5.6,
-    lm_head_multiplier=0.7,
-    attention_in_multiplier=1.3,
-    attention_out_multiplier=0.6,
-    key_multiplier=0.4,
-    ssm_in_multiplier=1.25,
-    ssm_out_multiplier=0.45,
-    ssm_multipliers=(0.35, 0.8, 0.55, 0.5, 0.3),
-    mlp_multipliers=(0.9, 0.58),
-    time_step_limit=(0.02, 0.15),
-)
-CONFIGS: dict[str, FalconH1Config] = {
-    "adversarial": ADVERSARIAL,
-    "no gated norm, tied": dataclasses.replace(
-        ADVERSARIAL, mamba_rms_norm=False, tie_word_embeddings=True, attention_bias=True
-    ),
-    "norm first, one group, no dt limit": dataclasses.replace(
-        ADVERSARIAL,
-        mamba_norm_before_gate=True,
-        mamba_n_groups=1,
-        time_step_limit=(0.0, math.inf),
-        mamba_proj_bias=True,
-    ),
-}
 DTYPES = ("float32", "bfloat16")
 
 
-class Case(NamedTuple):
+class Planting(NamedTuple):
     """One planted observer and what the doctor said."""
 
     config: str
@@ -106,30 +52,6 @@ class Case(NamedTuple):
         named = [set(faults) for faults in (self.answer.faults, *self.answer.alternatives)]
         quiet = not self.identifiable and self.answer.status == "no fault"
         return quiet or (bool(self.planted) and set(self.planted) in named)
-
-
-@torch.no_grad()
-def random_model(config: FalconH1Config, seed: int = 0) -> FalconH1ForCausalLM:
-    """Weights with which every path matters: activations of order 1, biases and norms of their
-    own."""
-    generator = torch.Generator().manual_seed(seed)
-    model = FalconH1ForCausalLM(config, ops=TORCH).eval()
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("A_log"):
-            value = noise.abs().add(0.5).log()
-        elif name.endswith("dt_bias"):
-            value = noise - 3
-        elif name.endswith(("norm.weight", ".D")):
-            value = 1 + 0.3 * noise
-        elif name.endswith("bias"):
-            value = 0.2 * noise
-        elif parameter.dim() == 2 and "embed" not in name:
-            value = noise * parameter.shape[-1] ** -0.5
-        else:
-            value = 0.4 * noise
-        parameter.copy_(value)
-    return model
 
 
 class Observer:
@@ -160,26 +82,18 @@ class Observer:
     def moves(self, faults: Sequence[Fault]) -> bool:
         """Whether the faults move anything observed by more than the doctor's limit."""
         witness = self.witness
-        for i, evidence in enumerate(witness.evidence):
-            right, noise = witness.predict((), i), witness.noise((), i)
-            found = witness.predict(faults, i)
-            for name in evidence.tensors:
-                if name in found and name in right:
-                    far = distance(found[name], right[name], right[name])
-                    if far > 2 * LIMIT * noise[name]:
-                        return True
-        return False
+        return any(witness.effect(faults, i) > 2 * LIMIT for i in range(len(witness.evidence)))
 
 
-def try_singles(observer: Observer, config: str, dtype: str, faults=FAULTS) -> list[Case]:
+def try_singles(observer: Observer, config: str, dtype: str, faults=FAULTS) -> list[Planting]:
     """The right model, and each fault that the configuration can show."""
     plantings = [(), *((f,) for f in faults if not f.hidden(observer.model.config))]
-    return [_case(observer, config, dtype, planted, faults, False) for planted in plantings]
+    return [_planting(observer, config, dtype, planted, faults, False) for planted in plantings]
 
 
 def try_pairs(
     observer: Observer, config: str, dtype: str, count: int, seed: int = 0, faults=FAULTS
-) -> list[Case]:
+) -> list[Planting]:
     """A random sample of pairs, each fault of which shows with the other one planted too."""
     chooser = random.Random(seed)
     able = [f for f in faults if not f.hidden(observer.model.config) and observer.moves((f,))]
@@ -187,15 +101,15 @@ def try_pairs(
     while len(out) < count:
         one, other = chooser.sample(able, 2)
         if one.site != other.site:
-            out.append(_case(observer, config, dtype, (one, other), faults, True))
+            out.append(_planting(observer, config, dtype, (one, other), faults, True))
     return out
 
 
-def _case(observer, config, dtype, planted, faults, pairs: bool) -> Case:
+def _planting(observer, config, dtype, planted, faults, pairs: bool) -> Planting:
     answer = examine(observer.see(planted), faults, pairs=pairs)
     names = tuple(fault.name for fault in planted)
     moves = bool(planted) and observer.moves(planted)
-    return Case(config, dtype, observer.kind, names, moves, answer)
+    return Planting(config, dtype, observer.kind, names, moves, answer)
 
 
 def self_test(
@@ -203,14 +117,14 @@ def self_test(
     pairs: int = 60,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
-) -> list[Case]:
+) -> list[Planting]:
     """All single faults of several models, dtypes and kinds of evidence, and a sample of pairs.
 
     models: by name, None for random ones of CONFIGS.
     """
     if models is None:
         models = {name: random_model(config, seed) for name, config in CONFIGS.items()}
-    cases: list[Case] = []
+    cases: list[Planting] = []
     share, extra = divmod(pairs, len(models))
     for index, (name, model) in enumerate(models.items()):
         for dtype in DTYPES:
@@ -224,7 +138,7 @@ def self_test(
     return cases
 
 
-def summary(cases: Sequence[Case]) -> str:
+def summary(cases: Sequence[Planting]) -> str:
     """Accuracies by configuration, dtype and evidence, and every miss."""
     lines = ["planted   identifiable  named first  named  | configuration, dtype, evidence"]
     keys = dict.fromkeys((c.config, c.dtype, c.evidence, len(c.planted) == 2) for c in cases)
@@ -249,7 +163,7 @@ def summary(cases: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
-def as_json(cases: Sequence[Case]) -> str:
+def as_json(cases: Sequence[Planting]) -> str:
     rows = [
         {**case._asdict(), "answer": case.answer.status, "faults": case.answer.faults}
         | {"alternatives": case.answer.alternatives, "margin": case.answer.margin}
@@ -259,7 +173,7 @@ def as_json(cases: Sequence[Case]) -> str:
     return json.dumps({"cases": rows, "calibration": calibrate(cases)})
 
 
-def calibrate(cases: Sequence[Case]) -> list[tuple[float, float]]:
+def calibrate(cases: Sequence[Planting]) -> list[tuple[float, float]]:
     """(margin, share): at least this share of the answers with at least this margin were right.
 
     Shares are (right + 1) / (all + 2), so that few cases do not make certainty.
@@ -272,7 +186,7 @@ def calibrate(cases: Sequence[Case]) -> list[tuple[float, float]]:
     return steps
 
 
-def write_calibration(cases: Sequence[Case], path: str | Path) -> None:
+def write_calibration(cases: Sequence[Planting], path: str | Path) -> None:
     document = {
         "what": "share of right answers among planted faults, by the margin of the answer",
         "cases": len(cases),

@@ -162,10 +162,21 @@ class Witness:
         terms = [math.log1p((d / noise[name]) ** 2) for name, d in distances.items()]
         return sum(terms) / len(terms) if terms else math.inf
 
-    def excess(self, faults: Sequence[Fault], index: int) -> float:
-        """The largest distance of any tensor, in units of the faults' own noise."""
-        noise = self.noise(faults, index)
+    def effect(self, faults: Sequence[Fault], index: int) -> float:
+        """How far the faults move any tensor of evidence `index`, in units of the noise."""
+        right, noise = self.predict((), index), self.noise((), index)
+        found = self.predict(faults, index)
+        shown = [n for n in self.evidence[index].tensors if n in found and n in right]
+        moves = (distance(found[name], right[name], right[name]) / noise[name] for name in shown)
+        return max(moves, default=0.0)
+
+    def excess(self, faults: Sequence[Fault], index: int, own_noise: bool = True) -> float:
+        """The largest distance of any tensor that is left, in units of the noise.
+
+        own_noise: the noise of the faults too, where it is larger, for another forward.
+        """
         usual = self.noise((), index)
+        noise = self.noise(faults, index) if own_noise else usual
         distances = self.distances(faults, index)
         return max((d / max(noise[n], usual.get(n, 0)) for n, d in distances.items()), default=0.0)
 

@@ -20,6 +20,7 @@ import difflib
 import math
 import os
 import zipfile
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -28,12 +29,19 @@ import torch
 from torch import Tensor
 
 from ..files import whole_file
+from ..tap_table import inner_name
 from ..taps import full_names, record, tap_of
 
 INPUTS = ("input_ids", "attention_mask", "pieces")
 METADATA = ("dtype", "source")
 # Taps behind the point at which rows go back into the caller's layout.
 AFTER_LAYERS = ("final_layernorm.in", "final_layernorm", "lm_head", "logits")
+# Windows on tensors that are compared already, and what is all positions so far.
+_VIEWS = frozenset(
+    "residual.in mamba.conv.window_in mamba.scan.state_in mamba.gate.y self_attn.rope.q_in "
+    "self_attn.rope.k_in self_attn.attention.q self_attn.attention.k self_attn.attention.v "
+    "feed_forward.swiglu.gate feed_forward.swiglu.up".split()
+)
 
 
 class Inputs(NamedTuple):
@@ -143,6 +151,11 @@ def take_dump(run, model, inputs: Inputs, names=None, source: str = "falcon_h1r"
     mask = None if run.parts.keep_padding else inputs.mask
     tensors = {name: in_layout(name, tensor, mask) for name, tensor in seen.items()}
     return Dump(inputs, tensors, model.dtype, source)
+
+
+def compared_names(config, layers: Sequence[int] | None = None) -> list[str]:
+    """The taps that a comparison shows, in the order of the forward: no tensor twice."""
+    return [name for name in full_names(config, None, layers) if inner_name(name) not in _VIEWS]
 
 
 def in_layout(name: str, tensor: Tensor, mask: Tensor | None) -> Tensor:

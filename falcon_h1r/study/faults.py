@@ -30,7 +30,7 @@ class Call:
 
 
 @dataclass
-class Parts:
+class ModelParts:
     """What a model is built from; a fault changes some of it."""
 
     config: FalconH1Config
@@ -75,7 +75,7 @@ class Fault:
 
     name: str
     site: str
-    plant: Callable[[Parts], None]
+    plant: Callable[[ModelParts], None]
     hint: str
     hidden: Callable[[FalconH1Config], str] = lambda config: ""
     needs: str = "prefill"
@@ -111,7 +111,7 @@ class Patient:
         dtype: torch.dtype | None = None,
     ):
         weights = dict(model.state_dict())
-        self.parts = Parts(model.config, model.ops if ops is None else ops, weights)
+        self.parts = ModelParts(model.config, model.ops if ops is None else ops, weights)
         for fault in faults:
             fault.plant(self.parts)
         self.model = _build(self.parts, model.dtype if dtype is None else dtype, model.device)
@@ -159,7 +159,7 @@ class Patient:
                     mixer.ops = table
 
 
-def _build(parts: Parts, dtype: torch.dtype, device) -> FalconH1ForCausalLM:
+def _build(parts: ModelParts, dtype: torch.dtype, device) -> FalconH1ForCausalLM:
     model = FalconH1ForCausalLM(parts.config, ops=parts.ops, dtype=dtype, device="meta")
     wanted = model.state_dict()
     weights = {name: parts.weights[name].to(value.dtype) for name, value in wanted.items()}
@@ -169,7 +169,7 @@ def _build(parts: Parts, dtype: torch.dtype, device) -> FalconH1ForCausalLM:
     return model.eval()
 
 
-def _forward(parts: Parts, model, ids, mask, pieces) -> Tensor:
+def _forward(parts: ModelParts, model, ids, mask, pieces) -> Tensor:
     call = parts.call
     call.mask_bl = call.lengths_b = None
     if mask is not None:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from ..rope import rotary_table
-from .faults import Fault, Parts, unless
+from .faults import Fault, ModelParts, unless
 
 
-def attend(parts: Parts, change: Callable) -> None:
+def attend(parts: ModelParts, change: Callable) -> None:
     """Give attention, of a stretch and of a step, change(q, k, v); heads are axis 1 of each."""
 
     def make(op):
@@ -24,7 +24,7 @@ def attend(parts: Parts, change: Callable) -> None:
     parts.wrap("decode_attention", make)
 
 
-def _rope(parts: Parts, make: Callable) -> None:
+def _rope(parts: ModelParts, make: Callable) -> None:
     """make(op) -> f(x, cos, sin, multiplier)."""
 
     def wrap(op):
@@ -38,7 +38,7 @@ def _rope(parts: Parts, make: Callable) -> None:
     parts.wrap("rope", wrap)
 
 
-def _interleaved(parts: Parts) -> None:
+def _interleaved(parts: ModelParts) -> None:
     def make(op):
         def rope(x, cos, sin, multiplier):
             halves = torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)
@@ -50,11 +50,11 @@ def _interleaved(parts: Parts) -> None:
     _rope(parts, make)
 
 
-def _no_rotation(parts: Parts) -> None:
+def _no_rotation(parts: ModelParts) -> None:
     _rope(parts, lambda op: lambda x, cos, sin, multiplier: x * multiplier)
 
 
-def _positions_restart(parts: Parts) -> None:
+def _positions_restart(parts: ModelParts) -> None:
     def make(op):
         def rope(x, cos, sin, multiplier):
             position = torch.arange(x.shape[2], device=x.device)[None]
@@ -66,21 +66,21 @@ def _positions_restart(parts: Parts) -> None:
     _rope(parts, make)
 
 
-def _theta(parts: Parts) -> None:
+def _theta(parts: ModelParts) -> None:
     parts.set(rope_theta=1e4)
 
 
-def _scale_missing(parts: Parts) -> None:
+def _scale_missing(parts: ModelParts) -> None:
     attend(parts, lambda q, k, v: (q * q.shape[-1] ** 0.5, k, v))
 
 
-def _scale_of_derived_heads(parts: Parts) -> None:
+def _scale_of_derived_heads(parts: ModelParts) -> None:
     c = parts.config
     factor = (c.head_dim * c.num_attention_heads / c.hidden_size) ** 0.5
     attend(parts, lambda q, k, v: (q * factor, k, v))
 
 
-def _repeat_heads(parts: Parts) -> None:
+def _repeat_heads(parts: ModelParts) -> None:
     def change(q, k, v):
         copies = q.shape[1] // k.shape[1]
         return q, k.repeat(1, copies, 1, 1), v.repeat(1, copies, 1, 1)
@@ -88,7 +88,7 @@ def _repeat_heads(parts: Parts) -> None:
     attend(parts, change)
 
 
-def _bidirectional(parts: Parts) -> None:
+def _bidirectional(parts: ModelParts) -> None:
     def make(op):
         def attention(q, k, v, **options):
             visible = None
@@ -103,7 +103,7 @@ def _bidirectional(parts: Parts) -> None:
     parts.wrap("attention", make)
 
 
-def _past_keys_lost(parts: Parts) -> None:
+def _past_keys_lost(parts: ModelParts) -> None:
     def make(op):
         def attention(q, k, v, *, query_offset_b=None, seq_idx_bl=None):
             l = q.shape[2]
@@ -114,7 +114,7 @@ def _past_keys_lost(parts: Parts) -> None:
     parts.wrap("attention", make)
 
 
-def mask_keys(parts: Parts) -> None:
+def mask_keys(parts: ModelParts) -> None:
     """Attention that leaves out padding which the layers were given as tokens."""
 
     def make(op):
@@ -133,7 +133,7 @@ def mask_keys(parts: Parts) -> None:
     parts.wrap("attention", make)
 
 
-def _padding_seen(parts: Parts) -> None:
+def _padding_seen(parts: ModelParts) -> None:
     """The mixer holds its state over padding, attention reads it."""
     parts.keep_padding = True
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .faults import Fault, Parts, unless
+from .faults import Fault, ModelParts, unless
 from .faults_attention import mask_keys
 
 _UNIT_GATE = 1.2784645427610738  # silu of it is 1
@@ -23,7 +23,7 @@ _LIMITS = unless(lambda c: c.time_step_limit != (0.0, math.inf), "time_step_limi
 # --- projection -----------------------------------------------------------------------------------
 
 
-def _z_and_x_swapped(parts: Parts) -> None:
+def _z_and_x_swapped(parts: ModelParts) -> None:
     """The multipliers stay with their columns, as in a port that only splits wrongly."""
     d = parts.config.d_ssm
     for kind in ("weight", "bias"):
@@ -37,7 +37,7 @@ def _z_and_x_swapped(parts: Parts) -> None:
 # --- step size and decay --------------------------------------------------------------------------
 
 
-def _dt(parts: Parts, change, scan: bool = True, step: bool = True) -> None:
+def _dt(parts: ModelParts, change, scan: bool = True, step: bool = True) -> None:
     """change(dt before softplus) -> dt, then clamped; softplus undone, padding (0) kept.
 
     scan, step: whether the stretch and the decode step are clamped.
@@ -58,18 +58,18 @@ def _bf16_softplus(raw: Tensor) -> Tensor:
     return F.softplus(raw.bfloat16()).to(raw.dtype)
 
 
-def _no_dt_bias(parts: Parts) -> None:
+def _no_dt_bias(parts: ModelParts) -> None:
     parts.change_weights(".dt_bias", torch.zeros_like)
 
 
-def _no_clamp(parts: Parts) -> None:
+def _no_clamp(parts: ModelParts) -> None:
     parts.set(time_step_limit=(0.0, math.inf))
 
 
 def _decay(change):
     """change(A) -> A."""
 
-    def plant(parts: Parts) -> None:
+    def plant(parts: ModelParts) -> None:
         parts.ssd(lambda x, dt, A, B, C, D: (x, dt, change(A), B, C, D))
 
     return plant
@@ -78,15 +78,15 @@ def _decay(change):
 # --- scan -----------------------------------------------------------------------------------------
 
 
-def _no_skip(parts: Parts) -> None:
+def _no_skip(parts: ModelParts) -> None:
     parts.ssd(lambda x, dt, A, B, C, D: (x, dt, A, B, C, torch.zeros_like(D)))
 
 
-def _b_and_c_swapped(parts: Parts) -> None:
+def _b_and_c_swapped(parts: ModelParts) -> None:
     parts.ssd(lambda x, dt, A, B, C, D: (x, dt, A, C, B, D))
 
 
-def _groups_in_turn(parts: Parts) -> None:
+def _groups_in_turn(parts: ModelParts) -> None:
     """Head i reads group i % g. The group axis is the last but one of B and C."""
 
     def inner(op, heads_axis):
@@ -102,7 +102,7 @@ def _groups_in_turn(parts: Parts) -> None:
     parts.wrap("ssd_step", lambda op: inner(op, 1))
 
 
-def _bf16_state(parts: Parts) -> None:
+def _bf16_state(parts: ModelParts) -> None:
     def scan(op):
         def changed(*inputs, **options):
             y, state = op(*inputs, **options)
@@ -122,17 +122,16 @@ def _bf16_state(parts: Parts) -> None:
     parts.wrap("ssd_step", step)
 
 
-def _state_lost(parts: Parts) -> None:
-    def make(op):
-        def scan(*inputs, initial_state_bhpn=None, **options):
-            return op(*inputs, **options)
+def _lost(operator: str, option: str):
+    """An operator that does not get what the tokens before have left."""
 
-        return scan
+    def plant(parts: ModelParts) -> None:
+        parts.wrap(operator, lambda op: lambda *a, **options: op(*a, **options | {option: None}))
 
-    parts.wrap("ssd_scan", make)
+    return plant
 
 
-def _state_lost_inside(parts: Parts) -> None:
+def _state_lost_inside(parts: ModelParts) -> None:
     """Between the scan's own chunks: their states are not passed on."""
 
     def make(op):
@@ -154,22 +153,26 @@ def _state_lost_inside(parts: Parts) -> None:
 # --- convolution ----------------------------------------------------------------------------------
 
 
+def _history(x_blc, weight_cw, window_bvc) -> Tensor:
+    """x behind the given samples, None for zeros: (b, v + l, c)."""
+    if window_bvc is None:
+        window_bvc = x_blc.new_zeros(len(x_blc), weight_cw.shape[1] - 1, x_blc.shape[2])
+    return torch.cat([window_bvc.to(x_blc.dtype), x_blc], dim=1)
+
+
 def _taps_sum(x_blc, weight_cw, bias_c, window_bvc) -> Tensor:
     """The convolution before SiLU, behind the given samples."""
     l, taps = x_blc.shape[1], weight_cw.shape[1]
-    history = torch.cat([window_bvc.to(x_blc.dtype), x_blc], dim=1)
+    history = _history(x_blc, weight_cw, window_bvc)
     y = sum(history[:, i : i + l] * weight_cw[:, i] for i in range(taps))
-    return y if bias_c is None else y + bias_c
+    return (y if bias_c is None else y + bias_c).to(x_blc.dtype)
 
 
-def _no_silu(parts: Parts) -> None:
+def _no_silu(parts: ModelParts) -> None:
     def stretch(op):
         def conv(x, weight, bias=None, *, initial_window_bvc=None, **options):
             _, window = op(x, weight, bias, initial_window_bvc=initial_window_bvc, **options)
-            before = initial_window_bvc
-            if before is None:
-                before = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2])
-            return _taps_sum(x, weight, bias, before).to(x.dtype), window
+            return _taps_sum(x, weight, bias, initial_window_bvc), window
 
         return conv
 
@@ -177,7 +180,7 @@ def _no_silu(parts: Parts) -> None:
         def conv(x, window, weight, bias=None):
             before = window.clone()
             op(x, window, weight, bias)
-            return _taps_sum(x[:, None], weight, bias, before)[:, 0].to(x.dtype)
+            return _taps_sum(x[:, None], weight, bias, before)[:, 0]
 
         return conv
 
@@ -185,22 +188,18 @@ def _no_silu(parts: Parts) -> None:
     parts.wrap("causal_conv1d_step", step)
 
 
-def _conv_shifted(parts: Parts, late: bool) -> None:
+def _conv_shifted(parts: ModelParts, late: bool) -> None:
     """In a stretch of tokens; a decode step has its own code in every port."""
 
     def make(op):
         def conv(x, weight, bias=None, *, initial_window_bvc=None, **options):
             options["initial_window_bvc"] = initial_window_bvc
             _, window = op(x, weight, bias, **options)
-            before = initial_window_bvc
-            if before is None:
-                before = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2])
             if parts.call.lengths_b is not None:  # what stands behind a row is nothing
                 real = torch.arange(x.shape[1]) < parts.call.lengths_b[:, None]
                 x = x * real[..., None].to(x)
-            nothing = torch.zeros_like(x[:, :1])
-            history = torch.cat([nothing, before.to(x.dtype), x, nothing], dim=1)
-            history = history[:, :-2] if late else history[:, 2:]
+            history = _history(x, weight, initial_window_bvc)
+            history = F.pad(history, (0, 0, 1, -1) if late else (0, 0, -1, 1))
             v = weight.shape[1] - 1
             options["initial_window_bvc"] = history[:, :v]
             return op(history[:, v:], weight, bias, **options)[0], window
@@ -210,25 +209,15 @@ def _conv_shifted(parts: Parts, late: bool) -> None:
     parts.wrap("causal_conv1d", make)
 
 
-def _taps_reversed(parts: Parts) -> None:
+def _taps_reversed(parts: ModelParts) -> None:
     parts.change_weights(".conv1d.weight", lambda w: w.flip(-1))
 
 
-def _no_conv_bias(parts: Parts) -> None:
+def _no_conv_bias(parts: ModelParts) -> None:
     parts.change_weights(".conv1d.bias", torch.zeros_like)
 
 
-def _window_lost(parts: Parts) -> None:
-    def make(op):
-        def conv(*inputs, initial_window_bvc=None, **options):
-            return op(*inputs, **options)
-
-        return conv
-
-    parts.wrap("causal_conv1d", make)
-
-
-def _padding_in(parts: Parts) -> None:
+def _padding_in(parts: ModelParts) -> None:
     """The mixer reads padding as tokens, attention does not."""
     parts.keep_padding = True
     mask_keys(parts)
@@ -240,7 +229,7 @@ def _padding_in(parts: Parts) -> None:
 def _gate(make):
     """make(op) -> f(y, z, weight, eps, n_groups, norm_before_gate)."""
 
-    def plant(parts: Parts) -> None:
+    def plant(parts: ModelParts) -> None:
         def wrap(op):
             changed = make(op)
 
@@ -264,7 +253,7 @@ def _gate_without_silu(op):
     return gated
 
 
-def _flipped(parts: Parts) -> None:
+def _flipped(parts: ModelParts) -> None:
     parts.set(mamba_norm_before_gate=not parts.config.mamba_norm_before_gate)
 
 
@@ -322,7 +311,7 @@ MIXER: tuple[Fault, ...] = (
     Fault(
         "state lost between calls",
         "state",
-        _state_lost,
+        _lost("ssd_scan", "initial_state_bhpn"),
         "a chunk of a prompt starts from the cached state",
         needs="chunked",
     ),
@@ -362,7 +351,7 @@ MIXER: tuple[Fault, ...] = (
     Fault(
         "convolution window lost between calls",
         "conv window",
-        _window_lost,
+        _lost("causal_conv1d", "initial_window_bvc"),
         "a chunk starts from the cached last inputs",
         unless(lambda c: c.mamba_d_conv > 1, "the convolution has one tap"),
         "chunked",

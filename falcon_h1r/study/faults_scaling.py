@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ..checkpoint.fold import ONES, fold_factors
 from ..checkpoint.loader import EMBEDDING, HEAD
-from .faults import Fault, Parts, is_one, unless
+from .faults import Fault, ModelParts, is_one, unless
 from .faults_attention import attend
 
 
 def _dropped(key: str, hint: str, index: int | None = None, label: str = "") -> Fault:
-    def plant(parts: Parts) -> None:
+    def plant(parts: ModelParts) -> None:
         value = 1.0
         if index is not None:
             values = list(getattr(parts.config, key))
@@ -23,11 +23,11 @@ def _dropped(key: str, hint: str, index: int | None = None, label: str = "") -> 
     return Fault(f"{key}{label} dropped", f"{key}{label}", plant, hint, is_one(key, index))
 
 
-def _squared_key(parts: Parts) -> None:
+def _squared_key(parts: ModelParts) -> None:
     parts.set(key_multiplier=parts.config.key_multiplier**2)
 
 
-def _key_on_values(parts: Parts) -> None:
+def _key_on_values(parts: ModelParts) -> None:
     multiplier = parts.config.key_multiplier
     parts.set(key_multiplier=1.0)
     attend(parts, lambda q, k, v: (q, k, v * multiplier))
@@ -36,7 +36,7 @@ def _key_on_values(parts: Parts) -> None:
 def _before_the_norm(key: str) -> Fault:
     """norm(m x) with eps is norm(x) with eps / m^2: the multiplier is gone but for eps."""
 
-    def plant(parts: Parts) -> None:
+    def plant(parts: ModelParts) -> None:
         multiplier = getattr(parts.config, key)
         parts.set(**{key: 1.0})
 
@@ -50,16 +50,16 @@ def _before_the_norm(key: str) -> Fault:
     return Fault(f"{key} before the norm", key, plant, hint, is_one(key))
 
 
-def _gate_multiplier_outside(parts: Parts) -> None:
+def _gate_multiplier_outside(parts: ModelParts) -> None:
     parts.wrap("swiglu", lambda op: lambda gate, up, m=1.0: op(gate, up, 1.0) * m)
 
 
-def _multipliers_out_of_order(parts: Parts) -> None:
+def _multipliers_out_of_order(parts: ModelParts) -> None:
     z, x, B, C, dt = parts.config.ssm_multipliers
     parts.set(ssm_multipliers=(x, z, B, C, dt))
 
 
-def _folded_and_kept(parts: Parts) -> None:
+def _folded_and_kept(parts: ModelParts) -> None:
     config, weights = parts.config, parts.weights
     if config.tie_word_embeddings:
         weights[HEAD] = weights[EMBEDDING]
@@ -77,36 +77,36 @@ def _all_one(config) -> str:
     return "every multiplier is 1" if ones else ""
 
 
-def _head_scaled(parts: Parts) -> None:
+def _head_scaled(parts: ModelParts) -> None:
     c = parts.config
     parts.set(lm_head_multiplier=c.lm_head_multiplier * c.embedding_multiplier)
 
 
-def _tied_head(parts: Parts) -> None:
+def _tied_head(parts: ModelParts) -> None:
     parts.weights[HEAD] = parts.weights[EMBEDDING]
 
 
-def _no_final_norm(parts: Parts) -> None:
+def _no_final_norm(parts: ModelParts) -> None:
     parts.finish.append(lambda m: m.model.update({"final_layernorm": torch.nn.Identity()}))
 
 
-def _other_eps(parts: Parts) -> None:
+def _other_eps(parts: ModelParts) -> None:
     parts.set(rms_norm_eps=1e-6 if parts.config.rms_norm_eps != 1e-6 else 1e-5)
 
 
-def _weight_plus_one(parts: Parts) -> None:
+def _weight_plus_one(parts: ModelParts) -> None:
     parts.wrap("rms_norm", lambda op: lambda x, weight, eps: op(x, weight + 1, eps))
 
 
-def _centred(parts: Parts) -> None:
+def _centred(parts: ModelParts) -> None:
     parts.wrap("rms_norm", lambda op: lambda x, w, eps: op(x - x.mean(-1, keepdim=True), w, eps))
 
 
-def _norms_exchanged(parts: Parts) -> None:
+def _norms_exchanged(parts: ModelParts) -> None:
     parts.swap_weights(".input_layernorm.weight", ".pre_ff_layernorm.weight")
 
 
-def _gate_and_up_exchanged(parts: Parts) -> None:
+def _gate_and_up_exchanged(parts: ModelParts) -> None:
     for kind in ("weight", "bias"):
         parts.swap_weights(f".gate_proj.{kind}", f".up_proj.{kind}")
 

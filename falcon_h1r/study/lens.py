@@ -19,7 +19,7 @@ class Lens(NamedTuple):
     top_ids: Tensor  # (t, k) likeliest tokens, first the likeliest
     top_probabilities: Tensor  # (t, k)
     kl: Tensor  # (t,) nats: KL(final distribution || this one), 0 at the last layer
-    rank: Tensor  # (t - 1,) place of the true next token, 1 the likeliest; equal logits share
+    rank: Tensor  # (t - 1,) place of the true next token, 1 the likeliest; shared by equals
 
 
 def head_logits(x_td: Tensor, norm, head_wd: Tensor, multiplier: float) -> Tensor:

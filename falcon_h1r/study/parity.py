@@ -14,20 +14,12 @@ from typing import NamedTuple
 import torch
 
 from ..ops import REFERENCE, Ops
-from ..tap_table import inner_name
-from ..taps import full_names
-from . import parity_known, peers
-from .budget import Budget, Parts, relative, rounded, truth_of
-from .dump import Dump, Inputs, real_values, take_dump
+from . import parity_known, parity_local, peers
+from .budget import Budget, ErrorParts, make_budget, relative, rounded, truth_of
+from .dump import Dump, Inputs, compared_names, real_values, take_dump
 from .faults import Patient
 
 PATHS = ("prefill", "chunked", "decode", "padded")
-# Windows on tensors that are compared already, and what is all positions so far.
-_VIEWS = frozenset(
-    "residual.in mamba.conv.window_in mamba.scan.state_in mamba.gate.y self_attn.rope.q_in "
-    "self_attn.rope.k_in self_attn.attention.q self_attn.attention.k self_attn.attention.v "
-    "feed_forward.swiglu.gate feed_forward.swiglu.up".split()
-)
 
 
 class Row(NamedTuple):
@@ -43,7 +35,7 @@ class Row(NamedTuple):
     peer_max: float | None
     tolerance: float | None
     notes: tuple[str, ...]  # keys of `parity_known.KNOWN`, for the other side's error
-    parts: Parts | None = None  # of ours, as the budget measured them; None: it did not
+    parts: ErrorParts | None = None  # of ours, as the budget measured them; None: it did not
 
     @property
     def within(self) -> bool:
@@ -70,11 +62,6 @@ class Report(NamedTuple):
     def beyond(self) -> list[Row]:
         """Rows of ours beyond the tolerance, in the order of the forward."""
         return [row for row in self.rows if not row.within]
-
-
-def compared_names(config, layers: Sequence[int] | None = None) -> list[str]:
-    """The taps of the table, in the order of the forward."""
-    return [name for name in full_names(config, None, layers) if inner_name(name) not in _VIEWS]
 
 
 def make_inputs(config, path: str, ids: torch.Tensor | None = None, seed: int = 0) -> Inputs:
@@ -136,7 +123,7 @@ def compare(
     inputs: Mapping[str, Inputs],
     dtypes: Sequence[str],
     tables: Mapping[str, Ops],
-    budget: Budget,
+    budget: Budget | None = None,
     peer: Peer | None = None,
     layers: Sequence[int] | None = None,
     faults: Sequence = (),
@@ -144,10 +131,16 @@ def compare(
 ) -> Report:
     """Every tensor of every dtype, path and table.
 
-    model: in the dtype it is stored in; inputs: by path; tables: by name; budget: covers dtypes and
-    paths; layers: whose taps to compare, None for all; faults: planted in ours, for tests.
+    model: in the dtype it is stored in; inputs: by path; tables: by name; budget: of this model,
+    for these dtypes and paths; None: measured here, by five more forwards of each. layers: whose
+    taps to compare, None for all; faults: planted in ours, for tests. Raises ValueError for a
+    budget that lacks a dtype or path.
     """
     names = compared_names(model.config, layers)
+    if budget is None:
+        budget = make_budget(model, inputs, dtypes, {}, names=names)
+    elif not budget.covers(dtypes, inputs):
+        raise ValueError("budget: it lacks a dtype or path that is compared")
     rows, divergences = [], {}
     for dtype in dtypes:
         narrow = rounded(model, getattr(torch, dtype))
@@ -189,8 +182,6 @@ def compare(
 
 def _diverging(narrow, given, dtype, path, rows, tables, peer, faults):
     """First divergences of the sides that are beyond a tolerance in this dtype and path."""
-    from . import parity_local
-
     here = [row for row in rows if (row.dtype, row.path) == (dtype, path)]
     off = {row.table for row in here if not row.within}
     theirs = next((row for row in here if not row.peer_within), None)

@@ -1,9 +1,10 @@
-"""The first operator that goes its own way: every place is fed the truth.
+"""The first operator that computes something else than the float64 forward.
 
-In one forward each place that takes an input gets the float64 forward's, rounded to what the place
-takes, so no error reaches the next one: what differs is made where it is seen. That costs as much
-as a forward, so nothing is bisected: all places are judged at once, and the first in the order of
-the forward that is off is named. The yardstick is REFERENCE in the same dtype, fed the same.
+The model runs once more. At each tap of FORCED the input that the float64 forward has there,
+rounded to the input's dtype, takes the place of the model's own. So no error spreads: a tensor that
+is off was made wrong by the operator that made it. One such forward judges all operators. The first
+of them, in the order of the forward, is named whose error is more than twice the error of REFERENCE
+in the same dtype on the same inputs.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from torch import Tensor
 from ..ops import REFERENCE, Ops
 from ..tap_table import inner_name
 from ..taps import full_names, record, tap_of
-from .budget import FACTOR, relative, truth_of
-from .dump import Inputs, in_layout, real_values
+from .budget import FACTOR, FLOOR, relative, truth_of
+from .dump import Inputs, compared_names, in_layout, real_values
 from .faults import Patient
-from .parity import compared_names
 
 # Taps at which an input is replaced, and those that only ours have as a place of their own.
 FORCED = tuple(
@@ -29,7 +29,6 @@ FORCED = tuple(
     "mamba.gate.z self_attn.in residual.mid final_layernorm.in".split()
 )
 _OURS = ("mamba.scan.dt", "mamba.scan.state_in", "mamba.conv.window_in")
-_FLOOR = 2.0**-23  # one float32 roundoff
 # Which function or module makes a tap's tensor, where its name does not say.
 _MAKERS = {
     "embedding": ("model", "embedding_multiplier"),
@@ -159,7 +158,7 @@ def first_divergence(
     if yardstick is None:
         yardstick = truth.errors_of(ours(truth, REFERENCE))
     for name, error in errors.items():
-        tolerance = FACTOR * max(yardstick.get(name, 0.0), _FLOOR)
+        tolerance = FACTOR * max(yardstick.get(name, 0.0), FLOOR)
         if not error <= tolerance:
             return Divergence(name, operator_of(name), error, tolerance)
     return None

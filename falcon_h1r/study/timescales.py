@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..derived import follow_states
 from ..precision import compute_dtype
 
 MASS = 0.9  # share of a row's absolute mass that a receptive field carries
@@ -39,8 +40,8 @@ class Reach(NamedTuple):
 def receptive_field(matrix: Tensor, mass: float = MASS) -> Reach:
     """Of each row t of matrix (..., l, l), whose entries right of the diagonal are 0.
 
-    The row's mass is the sum of |entries|; a row of zeros has 0 tokens. Counted in float64, with
-    1e-12 of the mass forgiven, or the last rounding would ask for the whole row.
+    The row's mass is the sum of |entries|; a row of zeros has 0 tokens. Sums are float64, and 1e-12
+    of the mass may be missing: rounding can leave the sum of the whole row a little short.
     """
     size = matrix.double().abs()
     l = size.shape[-1]
@@ -74,32 +75,23 @@ def states(
     initial_state_bhpn: Tensor | None = None,
     most: int = 128,
 ) -> States:
-    """Follow the recurrence of `ssd.py` and measure the state on the way.
+    """Measure the state after each token, without keeping the states.
 
     Ranks are taken at `most` positions at most, evenly spaced, the last among them.
     Numerical rank: singular values above max(p, n) * eps * the largest, eps of `compute_dtype`.
     Effective rank (Roy and Vetterli 2007): exp of the entropy of the singular values over their
     sum; it counts how many directions matter, and need not be whole. Both are 0 for a zero state.
     """
-    b, l, h, p = x_blhp.shape
-    g, n = B_blgn.shape[2:]
-    work = compute_dtype(x_blhp)
-    state = torch.zeros(b, h, p, n, dtype=work, device=x_blhp.device)
-    if initial_state_bhpn is not None:
-        state = initial_state_bhpn.to(work).clone()
+    l, work = x_blhp.shape[1], compute_dtype(x_blhp)
+    longest = max(x_blhp.shape[-1], B_blgn.shape[-1])
     positions = torch.linspace(l - 1, 0, min(l, most)).round().long().flip(0)
     asked = set(positions.tolist())
-    B_blhn = B_blgn.to(work).repeat_interleave(h // g, dim=2)
-    written_blhp = x_blhp.to(work) * dt_blh.to(work)[..., None]
-    kept_blh = decay(dt_blh, A_h).to(work)
     norms, ranks, effective = [], [], []
-    for t in range(l):
-        update = written_blhp[:, t, :, :, None] * B_blhn[:, t, :, None]
-        state = state * kept_blh[:, t, :, None, None] + update
+    for t, state in enumerate(follow_states(x_blhp, dt_blh, A_h, B_blgn, initial_state_bhpn)):
         norms.append(state.flatten(2).norm(dim=-1))
         if t in asked:
             values = torch.linalg.svdvals(state)
-            least = max(p, n) * torch.finfo(work).eps * values[..., :1]
+            least = longest * torch.finfo(work).eps * values[..., :1]
             ranks.append(((values > least) & (values > 0)).sum(-1))
             effective.append(_effective_rank(values))
     stacked = (torch.stack(parts, dim=-1) for parts in (norms, ranks, effective))

@@ -15,7 +15,7 @@ from ..taps import record, tap_of
 EXAMPLE = "What is 47+25-8?"
 
 
-class Step(NamedTuple):
+class WalkStep(NamedTuple):
     """One tensor of the walk."""
 
     name: str
@@ -34,7 +34,7 @@ class Step(NamedTuple):
 @torch.no_grad()
 def walk(
     source, ids: list[int], names: Iterable[str] | None = None, layers: Iterable[int] | None = None
-) -> list[Step]:
+) -> list[WalkStep]:
     """One prompt through a model, or through what `checkpoint.stream_modules` returns.
 
     names, layers: as in `taps.full_names`. Raises ValueError for ids that the model refuses.
@@ -45,9 +45,9 @@ def walk(
     return [_step(n, t, recording.where[n], model.config) for n, t in recording.items()]
 
 
-def _step(name: str, tensor: Tensor, where: str, config) -> Step:
+def _step(name: str, tensor: Tensor, where: str, config) -> WalkStep:
     tap, values = tap_of(name), tensor.double()
-    return Step(
+    return WalkStep(
         name,
         tuple(tap.axes.split()),
         tuple(tensor.shape),
@@ -62,7 +62,7 @@ def _step(name: str, tensor: Tensor, where: str, config) -> Step:
     )
 
 
-def render(steps: list[Step]) -> str:
+def render(steps: list[WalkStep]) -> str:
     """A table for a terminal."""
     heads = ("tensor", "shape", "dtype", "min", "max", "rms", "bytes", "made at")
     rows = [

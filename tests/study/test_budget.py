@@ -12,7 +12,7 @@ from falcon_h1r.ops import REFERENCE, TORCH
 from falcon_h1r.study import budget as module
 from falcon_h1r.study.budget import (
     FACTOR,
-    Parts,
+    ErrorParts,
     make_budget,
     read_budget,
     rounded,
@@ -20,8 +20,8 @@ from falcon_h1r.study.budget import (
     split_error,
     truth_of,
 )
-from falcon_h1r.study.dump import Inputs, take_dump
-from falcon_h1r.study.parity import PATHS, compared_names, make_inputs
+from falcon_h1r.study.dump import Inputs, compared_names, take_dump
+from falcon_h1r.study.parity import PATHS, make_inputs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -184,7 +184,7 @@ def test_tolerances_follow_from_the_parts(tmp_path, model):
     assert back.entries == budget.entries and back.fingerprint == budget.fingerprint
     assert back.covers(["bfloat16"], ["prefill"])
     assert not back.covers(["bfloat16"], ["decode"]) and not back.covers(["float32"], ["prefill"])
-    assert isinstance(back.parts("bfloat16", "prefill", "logits", "torch"), Parts)
+    assert isinstance(back.parts("bfloat16", "prefill", "logits", "torch"), ErrorParts)
     assert back.parts("bfloat16", "prefill", "logits", "triton") is None
     assert back.tolerance("float32", "prefill", "logits") is None
 

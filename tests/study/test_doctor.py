@@ -13,12 +13,9 @@ from tiny_cli import run, tiny_model, write_checkpoint
 from falcon_h1r.commands.common import locate
 from falcon_h1r.ops import TORCH
 from falcon_h1r.study import diagnose
+from falcon_h1r.study.adversarial import ADVERSARIAL, random_model
 from falcon_h1r.study.doctor import confidence
-from falcon_h1r.study.doctor_check import (
-    ADVERSARIAL,
-    calibrate,
-    random_model,
-)
+from falcon_h1r.study.doctor_check import calibrate
 from falcon_h1r.study.doctor_evidence import distance, probes, values_dtype
 from falcon_h1r.study.dump import Dump, Inputs, take_dump, write_dump
 from falcon_h1r.study.faults import Patient

@@ -5,15 +5,8 @@ import torch.nn.functional as F
 
 from falcon_h1r.ops import TORCH
 from falcon_h1r.study import diagnose
-from falcon_h1r.study.doctor_check import (
-    ADVERSARIAL,
-    CONFIGS,
-    Observer,
-    random_model,
-    summary,
-    try_pairs,
-    try_singles,
-)
+from falcon_h1r.study.adversarial import ADVERSARIAL, CONFIGS, random_model
+from falcon_h1r.study.doctor_check import Observer, summary, try_pairs, try_singles
 from falcon_h1r.study.faults import Patient
 from falcon_h1r.study.faults_list import FAULTS
 

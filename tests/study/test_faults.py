@@ -17,7 +17,7 @@ from models import (
 )
 
 from falcon_h1r.ops import REFERENCE, TORCH
-from falcon_h1r.study.doctor_check import ADVERSARIAL
+from falcon_h1r.study.adversarial import ADVERSARIAL
 from falcon_h1r.study.doctor_evidence import probes
 from falcon_h1r.study.faults import Patient
 from falcon_h1r.study.faults_list import FAULTS, find

@@ -7,13 +7,9 @@ import torch
 from models import relative_error
 
 from falcon_h1r.attention import attention_reference
+from falcon_h1r.derived import probabilities_attention
 from falcon_h1r.ssd import ssd_recurrent
-from falcon_h1r.study.hidden_attention import (
-    attention_weights,
-    carried,
-    hidden_attention,
-    reconstruct,
-)
+from falcon_h1r.study.hidden_attention import carried, hidden_attention, reconstruct
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -104,21 +100,21 @@ def test_narrow_inputs_are_computed_in_float32():
 
 
 @pytest.mark.parametrize("s", [11, 17])
-def test_attention_is_rebuilt_from_its_weights(s):
+def test_attention_is_rebuilt_from_its_probabilities(s):
     """Four query heads on two key heads; with s > 11 the first keys come from a cache."""
     q, k, v = (normal(2, h, n, 8, seed=i) for i, (h, n) in enumerate(((4, 11), (2, s), (2, s))))
-    weights = attention_weights(q, k)
+    past = torch.full((2,), s - 11)
+    weights = probabilities_attention(q, k, query_offset_b=past)
     assert weights.shape == (2, 4, 11, s)
     assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 11, dtype=torch.float64), atol=1e-14)
     assert not weights.triu(s - 11 + 1).any()
-    past = torch.full((2,), s - 11)
     expected = attention_reference(q, k, v, query_offset_b=past)
     assert relative_error(weights @ v.repeat_interleave(2, dim=1), expected) < 1e-14
 
 
-def test_attention_weights_by_hand():
+def test_probabilities_by_hand():
     q = torch.tensor([[[[0.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]]]], dtype=torch.float64)
     k = torch.tensor([[[[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]]], dtype=torch.float64)
     share = math.e / (math.e + 1)  # scores 2 / sqrt(4) and 0
     expected = torch.tensor([[1.0, 0.0], [share, 1 - share]], dtype=torch.float64)
-    assert torch.allclose(attention_weights(q, k)[0, 0], expected, rtol=1e-15, atol=0)
+    assert torch.allclose(probabilities_attention(q, k)[0, 0], expected, rtol=1e-15, atol=0)

@@ -6,9 +6,9 @@ from models import VARIANTS, make_config, make_model, random_ids, relative_error
 
 from falcon_h1r.ops import REFERENCE, TORCH
 from falcon_h1r.study.budget import rounded, truth_of
-from falcon_h1r.study.dump import Inputs, real_values, take_dump
+from falcon_h1r.study.dump import Inputs, compared_names, real_values, take_dump
 from falcon_h1r.study.faults_list import find
-from falcon_h1r.study.parity import PATHS, compared_names, make_inputs
+from falcon_h1r.study.parity import PATHS, make_inputs
 from falcon_h1r.study.parity_local import Truth, first_divergence, forced_inputs, ours
 from falcon_h1r.study.peers import TransformersPeer
 
