@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Streamed
+from ..tap_table import config_value
 from ..taps import record, tap_of
 
 EXAMPLE = "What is 47+25-8?"
@@ -57,7 +58,7 @@ def _step(name: str, tensor: Tensor, where: str, config) -> Step:
         tensor.nbytes,
         where,
         tap.meaning,
-        {key: getattr(config, key) for key in tap.keys},
+        {key: config_value(config, key) for key in tap.keys},
     )
 
 
