@@ -13,23 +13,23 @@ from typing import NamedTuple
 
 AXES = {
     "b": "rows",
-    "l": "new tokens",
-    "s": "positions attended to",
+    "l": "tokens",
+    "s": "tokens so far",
     "d": "model width",
     "i": "MLP width",
     "k": "columns of in_proj: z, x, B, C, dt",
-    "h": "heads of the SSM, or of queries",
-    "j": "key and value heads",
-    "e": "attention's head size",
+    "h": "heads",
+    "j": "key heads",
+    "e": "per attention head",
     "p": "channels per SSM head",
     "g": "groups",
     "n": "state size",
     "c": "conv channels",
     "v": "conv history",
     "w": "vocabulary",
-    "hp": "SSM heads and their channels, merged",
-    "he": "query heads and their channels, merged",
-    "je": "key heads and their channels, merged",
+    "hp": "SSM heads × channels",
+    "he": "query heads × channels",
+    "je": "key heads × channels",
 }
 
 
@@ -47,7 +47,7 @@ class Tap(NamedTuple):
     """One name of TAPS or MODEL_TAPS."""
 
     name: str
-    axes: str  # separated by spaces, see the legend above
+    axes: str  # separated by spaces, see AXES
     sources: tuple[Source, ...]  # the first that is called in a forward
     meaning: str
     # Config keys that act on the way here from the tap before; [n] picks one of several values.
