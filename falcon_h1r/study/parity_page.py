@@ -16,7 +16,7 @@ from .parity_render import known_keys, lists, numbers, verdict
 
 LEVELS = 16  # colours of a scale
 NUMBERED = 8  # columns up to which a cell has room for its number
-_STOPS = {  # those of the dissect page's maps: lightness runs one way from the background
+STOPS = {  # those of the dissect page's maps: lightness runs one way from the background
     "light": ("#f4f2ec", "#bcd9dc", "#6fb0bd", "#2b7c98", "#134a70", "#0a2144"),
     "dark": ("#22262c", "#17455c", "#16708a", "#35a0b2", "#86cdd2", "#e6f6f2"),
 }
@@ -56,7 +56,7 @@ def as_html(report: Report, facts: dict) -> str:
 
 def _levels() -> Iterator[str]:
     """One class per colour and theme, with the text colour that can be read on it."""
-    for theme, stops in _STOPS.items():
+    for theme, stops in STOPS.items():
         for level in range(LEVELS):
             at = level / (LEVELS - 1) * (len(stops) - 1)
             k = min(int(at), len(stops) - 2)

@@ -1,6 +1,8 @@
 """The drawing of the block: every tensor and multiplier in it, and arrows that begin and end."""
 
 import re
+from pathlib import Path
+from runpy import run_path
 from xml.etree import ElementTree
 
 import pytest
@@ -55,3 +57,11 @@ def test_the_embedding_acts_before_the_first_layer_alone():
     config = make_config()
     assert multipliers_of(BOXES[0], config) == {"embedding_multiplier": 5.6}
     assert multipliers_of(BOXES[0], config, layer=1) == {}
+
+
+def test_the_picture_in_tools_is_what_the_script_makes(tmp_path):
+    path = Path(__file__).resolve().parents[2] / "tools"
+    script = run_path(str(path / "study_pictures.py"))
+    script["block"](tmp_path / "block.svg")
+    drawn = (tmp_path / "block.svg").read_text(encoding="utf-8")
+    assert drawn == (path / "pictures" / "block.svg").read_text(encoding="utf-8")

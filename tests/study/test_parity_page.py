@@ -1,11 +1,14 @@
 """The page of a parity report in a browser: its maps, what cells say, the keyboard."""
 
 import math
+import re
+from pathlib import Path
 
 import browser
 import pytest
 from models import make_config
 
+from falcon_h1r.study import parity_page
 from falcon_h1r.study.parity import Report, Row, compared_names
 from falcon_h1r.study.parity_grid import DECADES, grid_of
 from falcon_h1r.study.parity_known import KNOWN
@@ -92,6 +95,12 @@ def test_every_cell_says_its_numbers_and_none_is_out_of_reach():
     says = f"{dt.tensor}: beyond the budget; theirs rms {dt.peer_rms:.1e}, theirs max"
     assert says in html and "; known differences 1" in html
     assert f"tolerance {dt.tolerance:.1e}" in html and 'class="verdict bad"' in html
+
+
+def test_the_colours_are_those_of_the_dissect_page():
+    drawing = (Path(parity_page.__file__).parent / "figures.js").read_text(encoding="utf-8")
+    ramps = re.findall(r"sequential: \[(.*?)\]", drawing)
+    assert [tuple(re.findall(r"#\w+", ramp)) for ramp in ramps] == [*parity_page.STOPS.values()]
 
 
 @pytest.fixture(scope="module")
