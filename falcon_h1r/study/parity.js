@@ -1,7 +1,14 @@
 "use strict";
 // One tab stop per map; arrow keys, Home and End move in it. What a cell says is read out by its label and shown below.
 const shown = document.getElementById("cell");
-const say = (cell) => { shown.textContent = cell.getAttribute("aria-label"); };
+const say = (cell) => {
+  const parts = cell.getAttribute("aria-label").split(/(?<=[,;:]) /); // no number is broken at a line's end
+  shown.replaceChildren(...parts.flatMap((part, i) => {
+    const node = document.createElement("span");
+    node.textContent = part;
+    return i ? [" ", node] : [node];
+  }));
+};
 const isCell = (node) => node && node.getAttribute("role") === "gridcell" && node.hasAttribute("aria-label");
 
 for (const grid of document.querySelectorAll("table[role=grid]")) {

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from html import escape
 from importlib.resources import files
 
+from .budget import Parts
 from .parity import Report, Row
 from .parity_grid import DECADES, Grid, Panel, grid_of, layer_name
 from .parity_render import known_keys, lists, numbers, verdict
@@ -114,10 +115,13 @@ def _cell(grid: Grid, panel: Panel, row: Row, peer: str, notes: list[str]) -> st
         text, state = f"<span>{short}</span>", ""
         if not panel.within(row):
             kind, state = f"{kind} beyond", "beyond the budget; "
-    known = [str(notes.index(note.removeprefix("behind: ")) + 1) for note in row.notes]
-    found = sorted(numbers(row).items(), key=lambda item: not item[0].startswith(panel.side))
-    says = ", ".join(f"{key} {number}" for key, number in found if number)
-    says += f"; known differences {', '.join(known)}" if known else ""
+    found = {key: f"{key} {number}" for key, number in numbers(row).items() if number}
+    parts = [found.pop(key) for key in Parts._fields if key in found]
+    first = (f"{panel.side} rms", "tolerance", f"{panel.side} max")
+    says = ", ".join(found[key] for key in dict.fromkeys((*first, *found)) if key in found)
+    says += f"; parts of ours: {', '.join(parts)}" if parts else ""
+    known = sorted({notes.index(note.removeprefix("behind: ")) + 1 for note in row.notes})
+    says += f"; known differences {', '.join(map(str, known))}" if known else ""
     label = _esc(f"{row.tensor}: {state}{says}")
     return f'<td role="gridcell" tabindex="-1" class="{kind}" aria-label="{label}">{text}</td>'
 
