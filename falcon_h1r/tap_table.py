@@ -1,14 +1,9 @@
 """The names of what can be observed in a forward; `taps.py` observes it.
 
-A full name is a tap's name behind its layer: "layers.3.mamba.scan.y".
+A full name is a tap's name behind its layer: "layers.3.mamba.scan.y". AXES names the axes of the
+table. Inside the model rows are right-padded (`cache.Span`), so b and l are that layout's.
 TAPS and MODEL_TAPS are tensors that the forward makes anyway. DERIVED_TAPS are computed beside the
 forward from what an operator is given, take far more memory, and are recorded only when named.
-
-Axes of the table: b rows, l new tokens, s positions attended to, d model width, i MLP width,
-k columns of in_proj (z | x | B | C | dt), h heads (of the SSM or of queries), j key/value heads,
-e head size, p channels per SSM head, g groups, n state size, c conv channels, v conv history,
-w vocabulary; hp, he and je are two axes merged. Inside the model rows are right-padded
-(`cache.Span`), so b and l are that layout's.
 """
 
 from __future__ import annotations
@@ -23,6 +18,27 @@ PORTS = {
     "after": "an argument after the call, which may have changed it",
     "output": "a result",
     "derived": "computed from all arguments after the call; index: the function of `derived.py`",
+}
+
+AXES = {
+    "b": "rows",
+    "l": "tokens",
+    "s": "tokens so far",
+    "d": "model width",
+    "i": "MLP width",
+    "k": "columns of in_proj: z, x, B, C, dt",
+    "h": "heads",
+    "j": "key heads",
+    "e": "per attention head",
+    "p": "channels per SSM head",
+    "g": "groups",
+    "n": "state size",
+    "c": "conv channels",
+    "v": "conv history",
+    "w": "vocabulary",
+    "hp": "SSM heads × channels",
+    "he": "query heads × channels",
+    "je": "key heads × channels",
 }
 
 
@@ -40,20 +56,41 @@ class Tap(NamedTuple):
     """One name of TAPS, DERIVED_TAPS or MODEL_TAPS."""
 
     name: str
-    axes: str  # separated by spaces, see the legend above
+    axes: str  # separated by spaces, see AXES
     sources: tuple[Source, ...]  # the first that is called in a forward
     meaning: str
-    keys: tuple[str, ...] = ()  # config keys that act on the way here from the tap before
+    # Config keys that act on the way here from the tap before; [n] picks one of several values.
+    keys: tuple[str, ...] = ()
     file: str = ""  # of falcon_h1r/, where TORCH makes it
+    made: str = ""  # the step or result it is, where neither multipliers nor the name say so
 
     @property
     def derived(self) -> bool:
         """Whether it is one of DERIVED_TAPS."""
         return self.sources[0].port == "derived"
 
+    @property
+    def multipliers(self) -> tuple[str, ...]:
+        """Those of `keys` by which the tensor is multiplied."""
+        return tuple(key for key in self.keys if "multiplier" in key)
 
-def _tap(name, axes, sources, meaning, keys="", file=""):
-    return Tap(name, axes, tuple(sources), meaning, tuple(keys.split()), file)
+    @property
+    def maker(self) -> tuple[str, str]:
+        """The module or operator that makes the tensor, and which of its results or steps."""
+        source, model = self.sources[0], self in MODEL_TAPS
+        module = source.module.removeprefix("model.") if model else source.module
+        if source.port != "output" or source.multiplier or not module:
+            outer = module.rpartition(".")[0] or ("model" if model else "block")
+            return outer, self.made or ", ".join(self.multipliers) or self.meaning
+        if module == self.name:
+            return module, "output"
+        # The one operator rope is called for queries and for keys.
+        operator = module.removesuffix("_q").removesuffix("_k")
+        return operator, self.made or self.name.rpartition(".")[2]
+
+
+def _tap(name, axes, sources, meaning, keys="", file="", made=""):
+    return Tap(name, axes, tuple(sources), meaning, tuple(keys.split()), file, made)
 
 
 def _in(module, index=0, **kw):
@@ -92,24 +129,27 @@ TAPS: tuple[Tap, ...] = (  # of every layer, in the order of the forward
          [Source(_CONV, "input", "initial_window_bvc"), _in(_CONV1, 1)],
          "the last inputs of the tokens before", file="mamba2.py"),
     _tap("mamba.conv.x", "b l c", _both(_CONV, _CONV1, 0, "b c"),
-         "x, B and C before the convolution", "ssm_multipliers", "mamba2.py"),
+         "x, B and C before the convolution",
+         "ssm_multipliers[1] ssm_multipliers[2] ssm_multipliers[3]", "mamba2.py"),
     _tap("mamba.conv.out", "b l c", [_out(_CONV), _out(_CONV1, axes="b c")],
-         "x, B and C after convolution and SiLU", file="conv.py"),
+         "x, B and C after convolution and SiLU", file="conv.py", made="y"),
     _tap("mamba.conv.window", "b v c", [_out(_CONV, 1), Source(_CONV1, "after", 1)],
          "the window kept for the next tokens", file="conv.py"),
     _tap("mamba.scan.x", "b l h p", _both(_SCAN, _STEP, 0, "b h p", 1),
-         "input of the scan", file="mamba2.py"),
+         "input of the scan", file="mamba2.py", made="split of the convolution"),
     _tap("mamba.scan.dt", "b l h", _both(_SCAN, _STEP, 1, "b h", 2),
          "step size: bias, softplus and clamp done; 0 at padding",
-         "ssm_multipliers time_step_limit", "mamba2.py"),
+         "ssm_multipliers[4] time_step_limit", "mamba2.py", "dt_bias, softplus and clamp"),
     _tap("mamba.scan.A", "h", _both(_SCAN, _STEP, 2, "h", 3),
-         "decay rate, -exp(A_log)", file="mamba2.py"),
+         "decay rate, -exp(A_log)", file="mamba2.py", made="-exp(A_log)"),
     _tap("mamba.scan.B", "b l g n", _both(_SCAN, _STEP, 3, "b g n", 4),
-         "what is written to the state, per group", file="mamba2.py"),
+         "what is written to the state, per group", file="mamba2.py",
+         made="split of the convolution"),
     _tap("mamba.scan.C", "b l g n", _both(_SCAN, _STEP, 4, "b g n", 5),
-         "what is read from the state, per group", file="mamba2.py"),
+         "what is read from the state, per group", file="mamba2.py",
+         made="split of the convolution"),
     _tap("mamba.scan.D", "h", _both(_SCAN, _STEP, 5, "h", 6),
-         "weight of the skip from x to y", file="mamba2.py"),
+         "weight of the skip from x to y", file="mamba2.py", made="D"),
     _tap("mamba.scan.state_in", "b h p n",
          [Source(_SCAN, "input", "initial_state_bhpn"), _in(_STEP, 0)],
          "SSM state before the first token", file="mamba2.py"),
@@ -120,7 +160,7 @@ TAPS: tuple[Tap, ...] = (  # of every layer, in the order of the forward
     _tap("mamba.gate.y", "b l hp", [_in(_GATE)],
          "the scan's output, heads merged", file="mamba2.py"),
     _tap("mamba.gate.z", "b l hp", [_in(_GATE, 1)],
-         "the gate before its SiLU", "ssm_multipliers", "mamba2.py"),
+         "the gate before its SiLU", "ssm_multipliers[0]", "mamba2.py"),
     _tap("mamba.gate.out", "b l hp", [_out(_GATE)],
          "gated, and normalised per group where the model does",
          "mamba_rms_norm mamba_norm_before_gate mamba_n_groups rms_norm_eps", "norm.py"),
@@ -158,7 +198,8 @@ TAPS: tuple[Tap, ...] = (  # of every layer, in the order of the forward
          [_out("self_attn", multiplier="attention_out_multiplier")],
          "what the attention branch adds to the residual", "attention_out_multiplier", "block.py"),
     _tap("residual.mid", "b l d", [_in("pre_ff_layernorm")],
-         "the residual with both branches added", file="block.py"),
+         "the residual with both branches added", file="block.py",
+         made="sum of the branches with their multipliers"),
     _tap("pre_ff_layernorm", "b l d", [_out("pre_ff_layernorm")],
          "input of the MLP", "rms_norm_eps", "norm.py"),
     _tap("feed_forward.gate_proj", "b l i", [_out("feed_forward.gate_proj")],
@@ -170,13 +211,14 @@ TAPS: tuple[Tap, ...] = (  # of every layer, in the order of the forward
     _tap("feed_forward.swiglu.up", "b l i", [_in("feed_forward.swiglu", 1)],
          "the other factor as the operator gets it", file="mlp.py"),
     _tap("feed_forward.swiglu.out", "b l i", [_out("feed_forward.swiglu")],
-         "up * silu(multiplier * gate)", "mlp_multipliers", "mlp.py"),
+         "up * silu(multiplier * gate)", "mlp_multipliers[0]", "mlp.py"),
     _tap("feed_forward.down_proj", "b l d", [_out("feed_forward.down_proj")],
          "the MLP's output before its multiplier", file="mlp.py"),
     _tap("contribution.mlp", "b l d", [_out("feed_forward")],
-         "what the MLP adds to the residual", "mlp_multipliers", "mlp.py"),
+         "what the MLP adds to the residual", "mlp_multipliers[1]", "mlp.py",
+         "down_proj and its multiplier"),
     _tap("residual.out", "b l d", [_out("")],
-         "what leaves the block", file="block.py"),
+         "what leaves the block", file="block.py", made="residual sum"),
 )
 DERIVED_TAPS: tuple[Tap, ...] = (  # of every layer
     _tap("mamba.scan.states", "b l h p n", [_derived(_SCAN, "states"), _derived(_STEP, "states")],
@@ -192,7 +234,7 @@ MODEL_TAPS: tuple[Tap, ...] = (  # once per forward; the first two come before t
     _tap("embedding", "b l d", [_out("model.embed_tokens", multiplier="embedding_multiplier")],
          "the residual's first value", "embedding_multiplier", "model.py"),
     _tap("final_layernorm.in", "b l d", [_in("model.final_layernorm")],
-         "the last residual, at the positions asked for", file="model.py"),
+         "the last residual, at the positions asked for", file="model.py", made="last residual"),
     _tap("final_layernorm", "b l d", [_out("model.final_layernorm")],
          "input of the head", "rms_norm_eps", "norm.py"),
     _tap("lm_head", "b l w", [_out("lm_head")],
@@ -204,6 +246,16 @@ MODEL_TAPS: tuple[Tap, ...] = (  # once per forward; the first two come before t
 
 _BY_NAME = {tap.name: tap for tap in (*TAPS, *DERIVED_TAPS, *MODEL_TAPS)}
 _BEFORE_LAYERS = 2
+
+# Every multiplier of a config, each once, in the order in which they act.
+MULTIPLIERS = tuple(dict.fromkeys(key for tap in _BY_NAME.values() for key in tap.multipliers))
+
+
+def config_value(config, key: str):
+    """The value of one of a tap's `keys`."""
+    name, _, place = key.removesuffix("]").partition("[")
+    value = getattr(config, name)
+    return value[int(place)] if place else value
 
 
 def _in_order() -> list[Tap]:

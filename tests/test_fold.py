@@ -8,8 +8,9 @@ from witness import make_witness, witness_logits
 
 from falcon_h1r import FalconH1ForCausalLM
 from falcon_h1r.checkpoint import fold, fold_multipliers
-from falcon_h1r.checkpoint.fold import ONES
 from falcon_h1r.ops import REFERENCE
+from falcon_h1r.tap_table import MODEL_TAPS, MULTIPLIERS, TAPS, config_value
+from falcon_h1r.taps import record
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -19,14 +20,31 @@ def test_the_same_function_in_float64(variant, monkeypatch):
     monkeypatch.setattr(fold, "PIECE", 100)
     model = make_model(make_config(variant), dtype=torch.float64)
     folded = fold_multipliers(model)
-    for name, one in ONES.items():
-        assert getattr(folded.config, name) == one != getattr(model.config, name), name
+    for key in MULTIPLIERS:
+        assert config_value(folded.config, key) == 1.0 != config_value(model.config, key), key
     ids = random_ids(model.config, 2, 21)
     assert rms_error(folded(ids), model(ids)) < 1e-14
     caches = [m.new_cache(2, 24) for m in (folded, model)]
     for part in (ids[:, :20], ids[:, 20:]):
         found, expected = (m(part, cache=c) for m, c in zip((folded, model), caches))
     assert rms_error(found, expected) < 1e-14
+
+
+@torch.no_grad()
+def test_the_tensors_agree_where_the_table_says_that_a_multiplier_acts():
+    """The input of a linear layer lacks its multiplier, which is in the weights behind it."""
+    model = make_model(make_config("two_groups"), dtype=torch.float64)
+    ids = random_ids(model.config, 2, 21)
+    seen = []
+    for m in (model, fold_multipliers(model)):
+        with record(m) as recording:
+            m(ids)
+        seen.append(recording)
+    for tap in (*TAPS, *MODEL_TAPS):
+        name = tap.name if tap in MODEL_TAPS else f"layers.1.{tap.name}"
+        if tap.multipliers and name in seen[0]:
+            late = config_value(model.config, tap.multipliers[0]) if name.endswith(".in") else 1.0
+            assert rms_error(seen[1][name] * late, seen[0][name]) < 1e-13, name
 
 
 @pytest.mark.parametrize("dtype, roundoff", [(torch.float32, 2**-24), (torch.bfloat16, 2**-8)])

@@ -92,8 +92,8 @@ def plot_confidence(
     lines = [line for t in record.traces if (line := _line(t, result, target, equality))]
     if not lines:
         raise ValueError(f"{record.folder}: holds no tokens to draw")
-    # Those with an answer last, so that they lie on top.
-    for line in sorted(lines, key=lambda line: line.color != OTHER):
+    # Right ones last, so that they lie on top.
+    for line in sorted(lines, key=lambda line: (OTHER, WRONG, RIGHT).index(line.color)):
         groups = group_confidences(line.confidence, window)
         first = len(line.confidence) - len(groups) + 1
         stride = -(-len(groups) // _PLOTTED)

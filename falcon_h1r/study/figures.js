@@ -83,8 +83,22 @@ function short(v) {
 /** All digits that a float32 has, for tooltips. */
 const exact = (v) => (Number.isFinite(v) ? String(Number(v.toPrecision(7))).replace("-", "−") : short(v));
 
-/** At most `room` letters; a dot where not even two fit. */
-const clip = (text, room) => (text.length <= room ? text : room > 2 ? `${text.slice(0, room - 1)}…` : "·");
+const FONT = "12px system-ui, 'Liberation Sans', sans-serif", MONO = "11px ui-monospace, 'Liberation Mono', monospace", LONGEST = 24;
+const pen = document.createElement("canvas").getContext("2d");
+const wide = (text, font) => { pen.font = font; return pen.measureText(text).width; };
+/** Room at the left for the numbers of an axis. */
+const margin = (labels) => Math.max(40, ...labels.map((text) => wide(text, FONT) + 10));
+/** A token's text for a label: whole, but for a run of more letters than any word has. */
+const labelled = (text) => (text.length <= LONGEST ? text : `${text.slice(0, LONGEST - 1)}…`);
+/** How whole labels stand below columns of this width: those that do not fit across are turned, and only every so many is drawn. */
+function upright(labels, side) {
+  const longest = labels.reduce((most, text) => Math.max(most, wide(text, MONO)), 0);
+  if (longest + 3 <= side) return { turned: () => false, step: 1, room: 18 };
+  const step = Math.ceil(13 / side);
+  return { turned: (text) => wide(text, MONO) + 3 > side * step, step, room: longest + 12 };
+}
+/** Whether the label of column c is drawn: the chosen one always, the others where it leaves room. */
+const isNamed = (c, chosen, step, side) => c === chosen || (c % step === 0 && !(chosen >= 0 && Math.abs(c - chosen) * side < 12));
 
 const SVG = "http://www.w3.org/2000/svg";
 function svg(parent, width, height, label) {
@@ -137,16 +151,17 @@ function legend(parent, colours, caption, format = short) {
 }
 
 /**
- * A heat map with row names and the tokens below it. option: rows, cols, value(r, c), colours, rowName(r),
+ * A heat map with row names and the tokens below it. option: rows, cols, value(r, c), colours, rowName(r), font of it,
  * colName(c) or null, square, rowHeight, selected() -> [r, c], pick(r, c), describe(r, c), blank(r, c), label, move(dr, dc).
  */
 function heat(parent, option) {
   const canvas = element("canvas", { tabindex: 0, role: "group", "aria-label": option.label }, parent);
-  const width = Math.max(60, parent.clientWidth);
-  const names = Array.from({ length: option.rows }, (_, r) => option.rowName(r, (width - (option.left ?? 64)) / option.cols));
-  const left = option.left ?? 64, side = (width - left) / option.cols;
+  const width = Math.max(60, parent.clientWidth), font = option.font || FONT;
+  const names = Array.from({ length: option.rows }, (_, r) => option.rowName(r));
+  const left = Math.max(...names.map((name) => wide(name, font))) + 14, side = (width - left) / option.cols;
   const high = option.square ? side : option.rowHeight;
-  const below = option.colName ? 18 : 2, above = high < 14 ? 6 : 1; // room for the first name
+  const labels = option.colName ? Array.from({ length: option.cols }, (_, c) => labelled(option.colName(c))) : [];
+  const stand = upright(labels, side), below = option.colName ? stand.room : 2, above = high < 14 ? 6 : 1; // room for the first name
   const height = above + option.rows * high + below, dense = window.devicePixelRatio || 1;
   canvas.width = Math.round(width * dense);
   canvas.height = Math.round(height * dense);
@@ -158,7 +173,7 @@ function heat(parent, option) {
   function draw() {
     context.clearRect(0, 0, width, height);
     const [row, col] = option.selected();
-    context.font = "12px system-ui, 'Liberation Sans', sans-serif";
+    context.font = font;
     context.textBaseline = "middle";
     const every = Math.max(1, Math.ceil(13 / high));
     for (let r = 0; r < option.rows; r++) {
@@ -174,23 +189,18 @@ function heat(parent, option) {
         context.fillRect(left + c * side, above + r * high, side - gap, high - gap);
       }
     }
-    if (option.colName) {
-      context.textAlign = "center";
-      context.font = "11px ui-monospace, 'Liberation Mono', monospace";
-      const step = Math.max(1, Math.ceil(9 / side));
-      for (let c = 0; c < option.cols; c++) {
-        const chosen = c === col;
-        const near = col >= 0 ? (Math.abs(c - col) - 0.5) * side < option.colName(col).length * 3.4 + 4 : false;
-        if (!chosen && (c % step || near)) continue;
-        const room = chosen ? 12 : Math.max(1, Math.floor((side * step) / 6.8));
-        const text = option.colName(c);
-        if (chosen && text.length * 3.4 > left + (c + 0.5) * side) context.textAlign = "left";
-        else context.textAlign = chosen && (width - left - (c + 0.5) * side) < text.length * 3.4 ? "right" : "center";
-        context.fillStyle = chosen ? token("ink") : token("muted");
-        const x = Math.min(width - 4, left + (c + 0.5) * side);
-        context.fillText(clip(text, room), x, above + option.rows * high + 10);
-      }
-    }
+    context.font = MONO;
+    labels.forEach((text, c) => {
+      if (!isNamed(c, col, stand.step, side)) return;
+      context.save();
+      context.fillStyle = c === col ? token("ink") : token("muted");
+      const turned = stand.turned(text);
+      context.translate(left + (c + 0.5) * side, above + option.rows * high + (turned ? 5 : 10));
+      if (turned) context.rotate(-Math.PI / 2);
+      context.textAlign = turned ? "right" : "center";
+      context.fillText(text, 0, 0);
+      context.restore();
+    });
     context.strokeStyle = token("ink");
     context.lineWidth = 1.5;
     // In a map that ends at its diagonal, the frames do too.
@@ -231,10 +241,10 @@ function nice(v) {
 function bars(parent, rows, label, unit, pick) {
   const width = Math.max(240, parent.clientWidth), left = width < 500 ? 76 : 110, right = 58;
   const high = rows.length > 60 ? 9 : 15, gaps = rows.filter((row, i) => i && row.group !== rows[i - 1].group).length;
-  const height = rows.length * high + gaps * 7 + 26, root = svg(parent, width, height, label);
+  const height = rows.length * high + gaps * 7 + 44, root = svg(parent, width, height, label);
   const low = Math.min(0, ...rows.map((r) => r.value)), top = Math.max(0, ...rows.map((r) => r.value));
   const span = top - low || 1, x = (v) => left + right * (low < 0) + ((v - low) / span) * (width - left - right - right * (low < 0));
-  make("line", { x1: x(0), x2: x(0), y1: 0, y2: height - 22, stroke: token("muted"), "stroke-width": 1 }, root);
+  make("line", { x1: x(0), x2: x(0), y1: 0, y2: height - 38, stroke: token("muted"), "stroke-width": 1 }, root);
   let y = 0;
   rows.forEach((row, i) => {
     if (i && row.group !== rows[i - 1].group) y += 7;
@@ -252,29 +262,32 @@ function bars(parent, rows, label, unit, pick) {
     if (pick && row.pick !== undefined) { area.style.cursor = "pointer"; area.addEventListener("click", () => pick(row.pick)); }
     y += high;
   });
-  make("text", { x: x(0), y: height - 6, "text-anchor": "middle" }, root, `0 ${unit}`);
+  make("text", { x: x(0), y: height - 22, "text-anchor": "middle" }, root, "0");
+  axisTitles(root, unit, "", x((low + top) / 2), height);
 }
 
 /**
- * Lines over a common x. series: {values, colour, wide, name}; option: label, xs(i) text, ticks [i], selected, pick(i), unit, log, describe(i).
+ * Lines over a common x. series: {values, colour, wide, name}; option: label, xTitle, yTitle (what, unit), xs(i) text, ticks [i], selected, pick(i), log,
+ * describe(i).
  */
 function lines(parent, series, option) {
-  const width = Math.max(240, parent.clientWidth), height = option.height || 190, left = 46, right = 12, base = height - 24;
-  const root = svg(parent, width, height, option.label), count = series[0].values.length;
+  const width = Math.max(240, parent.clientWidth), height = (option.height || 190) + 32, right = 12, base = height - 40, first = 26;
+  const count = series[0].values.length, root = svg(parent, width, height, option.label);
   const all = series.flatMap((s) => Array.from(s.values)).filter((v) => Number.isFinite(v) && (!option.log || v > 0));
   const top = option.log ? Math.max(...all, 1) : nice(Math.max(...all));
   const low = option.log ? Math.min(...all, top / 10) : 0;
   const inner = option.log ? Math.log10 : (v) => v;
+  const marks = option.log ? powers(low, top) : [0, top / 2, top], left = margin(marks.map(short));
   const x = (i) => left + (count === 1 ? 0.5 : i / (count - 1)) * (width - left - right);
-  const y = (v) => base - ((inner(Math.max(v, low)) - inner(low)) / (inner(top) - inner(low) || 1)) * (base - 10);
-  const marks = option.log ? powers(low, top) : [0, top / 2, top];
+  const y = (v) => base - ((inner(Math.max(v, low)) - inner(low)) / (inner(top) - inner(low) || 1)) * (base - first);
   for (const mark of marks) {
     make("line", { x1: left, x2: width - right, y1: y(mark), y2: y(mark), stroke: token("line") }, root);
     make("text", { x: left - 7, y: y(mark) + 4, "text-anchor": "end" }, root, short(mark));
   }
-  for (const i of option.ticks) make("text", { x: x(i), y: height - 6, "text-anchor": i === 0 ? "start" : i === count - 1 ? "end" : "middle" }, root, option.xs(i));
+  axisTitles(root, option.xTitle, option.yTitle, (left + width - right) / 2, height);
+  for (const i of option.ticks) make("text", { x: x(i), y: base + 17, "text-anchor": i === 0 ? "start" : i === count - 1 ? "end" : "middle" }, root, option.xs(i));
   const chosen = option.selected;
-  if (chosen >= 0) make("line", { x1: x(chosen), x2: x(chosen), y1: 6, y2: base, stroke: token("ink"), "stroke-dasharray": "2 3" }, root);
+  if (chosen >= 0) make("line", { x1: x(chosen), x2: x(chosen), y1: first - 4, y2: base, stroke: token("ink"), "stroke-dasharray": "2 3" }, root);
   for (const s of series) {
     const points = Array.from(s.values, (v, i) => (Number.isFinite(v) ? `${x(s.at ? s.at[i] : i).toFixed(1)},${y(v).toFixed(1)}` : "")).filter(Boolean);
     make("polyline", { points: points.join(" "), fill: "none", stroke: s.colour, "stroke-width": s.wide || 1.3, "stroke-linejoin": "round", opacity: s.opacity ?? 1 }, root);
@@ -285,6 +298,11 @@ function lines(parent, series, option) {
   area.addEventListener("pointermove", (event) => showTip(event, option.describe(Math.min(count - 1, Math.max(0, near(event))))));
   area.addEventListener("pointerleave", hideTip);
   if (option.pick) area.addEventListener("click", (event) => option.pick(near(event)));
+}
+/** What the axes show, and its unit: y's above the chart, x's below it. */
+function axisTitles(root, x, y, middle, height) {
+  if (y) make("text", { x: 0, y: 11, class: "axis" }, root, y);
+  make("text", { x: middle, y: height - 4, "text-anchor": "middle", class: "axis" }, root, x);
 }
 function powers(low, high) {
   const out = [];

@@ -1,4 +1,4 @@
-"""A parity report as a picture: tensors by layers, one panel per side, dtype and path."""
+"""A parity report as a picture of its heat maps, with matplotlib."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bench.plot import has_matplotlib
-from ..tap_table import inner_name
+from .parity_grid import DECADES, Grid, Panel, grid_of, layer_name
 
 if TYPE_CHECKING:
     from .parity import Report
-
-DECADES = 2.5  # of errors that the colours tell apart
 
 
 def draw(report: Report, facts: dict, path: Path) -> None:
@@ -27,57 +25,52 @@ def draw(report: Report, facts: dict, path: Path) -> None:
         raise ValueError("a picture needs matplotlib: pip install 'falcon-h1r[bench]'")
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    dtypes = list(dict.fromkeys(row.dtype for row in report.rows))
-    sides = ["ours", "theirs"] if report.peer else ["ours"]
-    where = list(dict.fromkeys((row.path, row.table) for row in report.rows))
-    columns = [(path, table, side) for path, table in where for side in sides]
-    names = list(dict.fromkeys(inner_name(row.tensor) for row in report.rows))
-    layers = sorted({_layer(row.tensor) for row in report.rows} - {-1})
-    width = max(2.6 + len(columns) * (0.6 + 0.22 * (len(layers) + 1)), 7)
-    figure = Figure(figsize=(width, 1 + len(dtypes) * 0.16 * len(names)))
+    grid = grid_of(report)
+    count = len(grid.panels) // len(grid.scales)
+    width = max(2.6 + count * (0.6 + 0.22 * len(grid.layers)), 7)
+    figure = Figure(figsize=(width, 1.3 + len(grid.scales) * 0.16 * len(grid.names)))
     figure.set_layout_engine("constrained")
-    grid = figure.subplots(len(dtypes), len(columns), squeeze=False, sharex=True, sharey=True)
+    axes_of = figure.subplots(len(grid.scales), count, squeeze=False, sharex=True, sharey=True)
     colours = colormaps["viridis"].with_extremes(bad="0.85")
-    for line, dtype in zip(grid, dtypes):
-        values = [row.rms for row in report.rows if row.dtype == dtype]
-        high = math.log10(max((v for v in values if 0 < v < math.inf), default=1.0))
-        for axes, (path_of, table, side) in zip(line, columns):
-            here = (dtype, path_of, table)
-            rows = [r for r in report.rows if (r.dtype, r.path, r.table) == here]
-            cells, frames = _cells(rows, side, names, layers)
+    frame = {"marker": "s", "markersize": 5.5, "markerfacecolor": "none", "markeredgecolor": "red"}
+    for line, (dtype, high) in zip(axes_of, grid.scales.items()):
+        for axes, panel in zip(line, (p for p in grid.panels if p.dtype == dtype)):
+            cells, frames = _cells(grid, panel)
             image = axes.imshow(cells, cmap=colours, vmin=high - DECADES, vmax=high, aspect="auto")
             if frames:
-                axes.scatter(*zip(*frames), marker="s", s=30, facecolors="none", edgecolors="red")
-            axes.set_xticks(range(len(layers) + 1), [*map(str, layers), "model"], fontsize=6)
-            axes.set_yticks(range(len(names)), names, fontsize=6)
-            who = f"ours, {table}" if side == "ours" else report.peer
-            axes.set_title(f"{who}\n{dtype}, {path_of}", fontsize=7)
+                axes.plot(*zip(*frames), linestyle="", **frame)
+            axes.set_xticks(range(len(grid.layers)), map(layer_name, grid.layers), fontsize=6)
+            axes.set_yticks(range(len(grid.names)), grid.names, fontsize=6)
+            axes.set_title(f"{panel.who}\n{dtype}, {panel.path}", fontsize=7)
         bar = figure.colorbar(image, ax=line.tolist(), shrink=0.6, extend="both")
         bar.set_label("log10 relative rms error to float64", fontsize=7)
         bar.ax.tick_params(labelsize=6)
+    for axes in axes_of[-1]:
+        axes.set_xlabel("layer", fontsize=7)
+    meanings = [
+        Line2D([], [], linestyle="", label="framed: beyond the budget", **frame),
+        Patch(facecolor="0.85", label="grey: not shown, or no such tensor"),
+    ]
+    figure.legend(handles=meanings, loc="outside lower center", ncols=2, fontsize=7)
     text = ", ".join(f"{key}: {value}" for key, value in facts.items())
     figure.suptitle("\n".join(textwrap.wrap(text, int(16 * width))), fontsize=7)
     figure.savefig(path, dpi=150)
 
 
-def _cells(rows, side: str, names: list[str], layers: list[int]):
+def _cells(grid: Grid, panel: Panel):
     """Logarithms by tensor and layer (NaN: absent), and the (x, y) of cells beyond tolerance."""
-    cells = [[math.nan] * (len(layers) + 1) for _ in names]
+    cells = [[math.nan] * len(grid.layers) for _ in grid.names]
     frames = []
-    for row in rows:
-        value = row.rms if side == "ours" else row.peer_rms
+    for (name, layer), row in panel.rows.items():
+        value = panel.value(row)
         if value is None:
             continue
-        layer = _layer(row.tensor)
-        x = len(layers) if layer < 0 else layers.index(layer)
-        y = names.index(inner_name(row.tensor))
+        x, y = grid.layers.index(layer), grid.names.index(name)
         # An exact tensor has no logarithm: it takes the lowest colour.
         cells[y][x] = math.log10(value) if 0 < value < math.inf else (9 if value else -99)
-        if not (row.within if side == "ours" else row.peer_within):
+        if not panel.within(row):
             frames.append((x, y))
     return cells, frames
-
-
-def _layer(name: str) -> int:
-    return int(name.split(".")[1]) if name.startswith("layers.") else -1

@@ -95,30 +95,9 @@ function controls() {
 const percent = (p) => (p > 0.9995 && p < 1 ? "> 99.9 %" : p > 0 && p < 1e-4 ? "< 0.01 %" : `${short(100 * p)} %`);
 
 // --- one block -------------------------------------------------------------------------------
-const AXES = { l: "tokens", s: "tokens", d: "width", h: "heads", j: "key heads", e: "per head", p: "per head", n: "state", c: "channels", i: "MLP width", k: "columns", hp: "heads × channels" };
-const STEPS = {
-  "residual.in": ["Residual", "what the layers before have written"],
-  input_layernorm: ["Shared norm", "the residual scaled to an rms of 1, times a weight per channel"],
-  "mamba.in_proj": ["Projection", "one matrix makes gate z, input x, B, C and step dt"],
-  "mamba.conv.out": ["Short convolution", "x, B and C see the last few tokens; then SiLU"],
-  "mamba.scan.dt": ["Step size dt", "per head: how much of this token enters the state"],
-  "mamba.scan.y": ["Scan", "state ← decay · state + dt · x Bᵀ, then y = state · C + D x"],
-  "mamba.gate.out": ["Gate", "times SiLU(z), normalised per group where the model does"],
-  "contribution.ssm": ["Added by the SSM", "projected back, times its multiplier"],
-  "self_attn.attention.q": ["Queries", "what each head looks for, rotated by position"],
-  "self_attn.attention.k": ["Keys", "what each token offers, rotated by position"],
-  "self_attn.attention.v": ["Values", "what a token hands over when it is read"],
-  "self_attn.attention.o": ["Mixture", "values, weighted by softmax(q · k / √size)"],
-  "contribution.attention": ["Added by attention", "projected back, times its multiplier"],
-  "residual.mid": ["Residual", "with both branches added"],
-  "feed_forward.swiglu.out": ["SwiGLU", "up · SiLU(gate), after a second norm"],
-  "contribution.mlp": ["Added by the MLP", "projected back, times its multiplier"],
-  "residual.out": ["Residual", "handed to the next layer"],
-};
-
-function step(parent, key) {
-  const entry = DATA.walk[S.layer][key], [title, what] = STEPS[key];
-  const box = element("div", { class: "step" }, parent);
+function step(parent, { tap: key, title, what }) {
+  const entry = DATA.walk[S.layer][key];
+  const box = element("div", { class: "step", id: `step-${key}` }, parent);
   element("h4", {}, box, title);
   element("div", { class: "what" }, box, what);
   const shape = element("div", { class: "shape" }, box);
@@ -126,7 +105,7 @@ function step(parent, key) {
     if (axis === "b") return;
     if (shape.childNodes.length) shape.append(" × ");
     element("b", {}, shape, String(entry.shape[i]));
-    shape.append(` ${AXES[axis] || axis}`);
+    shape.append(` ${DATA.axes[axis] || axis}`);
   });
   const acting = Object.entries(entry.multipliers).map(([key, v]) => `${key} ${short(v)}`);
   element("span", { class: "src" }, box, [...acting, entry.where.replace("falcon_h1r/", "")].join("  ·  "));
@@ -145,25 +124,25 @@ function walk() {
   const root = byId("fig-walk");
   root.replaceChildren();
   const flow = element("div", { class: "flow" }, root);
-  const run = (parent, keys) => keys.forEach((key) => step(parent, key));
-  const joint = (...keys) => run(element("div", { class: "joint" }, flow), keys);
-  const lane = (parent, colour, title, text, keys, wide) => {
-    const node = element("div", { class: "lane", style: `--lane: var(--${colour})` }, parent);
+  const of = (lane) => DATA.boxes.filter((box) => box.lane === lane);
+  const run = (parent, boxes) => boxes.forEach((box) => step(parent, box));
+  const lane = (parent, name, title, text, wide) => {
+    const node = element("div", { class: "lane", style: `--lane: var(--${name})` }, parent);
     element("h3", {}, node, title);
     element("p", { class: "read" }, node, text);
-    run(wide ? element("div", { class: "lanes two" }, node) : node, keys);
+    run(wide ? element("div", { class: "lanes several" }, node) : node, of(name));
   };
-  const first = element("div", { class: "lanes two" }, flow);
-  run(first, ["residual.in", "input_layernorm"]);
+  const [first, norm, middle, last] = of("");
+  run(element("div", { class: "lanes several" }, flow), [first, norm]);
   element("div", { class: "sum" }, flow, "the same norm feeds both branches");
   const lanes = element("div", { class: "lanes" }, flow);
-  lane(lanes, "ssm", "SSM branch", "memory of fixed size, carried along", ["mamba.in_proj", "mamba.conv.out", "mamba.scan.dt", "mamba.scan.y", "mamba.gate.out", "contribution.ssm"]);
-  lane(lanes, "attention", "Attention branch", "memory that grows, looked up", ["self_attn.attention.q", "self_attn.attention.k", "self_attn.attention.v", "self_attn.attention.o", "contribution.attention"]);
+  lane(lanes, "ssm", "SSM branch", "memory of fixed size, carried along");
+  lane(lanes, "attention", "Attention branch", "memory that grows, looked up");
   element("div", { class: "sum" }, flow, "both are added to the residual");
-  joint("residual.mid");
-  lane(flow, "mlp", "MLP", "each token by itself", ["feed_forward.swiglu.out", "contribution.mlp"], true);
+  run(flow, [middle]);
+  lane(flow, "mlp", "MLP", "each token by itself", true);
   element("div", { class: "sum" }, flow, "added to the residual");
-  joint("residual.out");
+  run(flow, [last]);
 }
 
 // --- what branches add -----------------------------------------------------------------------
@@ -212,7 +191,7 @@ function attribution() {
     const value = X["attribution.branches"].at(l, b, t);
     rows.push({ group: `layer ${l}`, value, colour: token(branch), strong: l === S.layer, pick: l, text: `layer ${l}, ${NAMES[branch]}\n${exact(value)} of ${exact(X["attribution.logit"].at(t))} logits` });
   }));
-  bars(root, rows, `Parts of the logit of ${target}`, "logits", (layer) => set({ layer }));
+  bars(root, rows, `Parts of the logit of ${target}`, "part of the logit, in logits", (layer) => set({ layer }));
 }
 
 // --- the two matrices ------------------------------------------------------------------------
@@ -241,7 +220,7 @@ function matrix(parent, source, h, colours, label, unit) {
   parent.replaceChildren();
   const box = element("div", { class: "heat" }, parent);
   heat(box, {
-    rows: T, cols: T, square: true, left: 46, value: (r, c) => source.at(S.layer, h, r, c), blank: (r, c) => c > r, colours, rowName: (r, side) => (side < 13 && r !== S.token ? String(r) : clip(word(r), 5)), colName: word, label,
+    rows: T, cols: T, square: true, font: MONO, value: (r, c) => source.at(S.layer, h, r, c), blank: (r, c) => c > r, colours, rowName: (r) => labelled(word(r)), colName: word, label,
     selected: () => [S.token, S.read], pick: (t, read) => set({ token: t, read }), move: (dr, dc) => set({ token: S.token + dr, read: S.read + dc }),
     describe: (r, c) => `${name(r)} reads ${name(c)}\n${unit} ${exact(source.at(S.layer, h, r, c))}`,
   });
@@ -262,26 +241,30 @@ function rowFigure() {
   const t = S.token, root = byId("fig-row");
   byId("row-title").textContent = `What token ${name(t)} reads`;
   root.replaceChildren();
-  const width = Math.max(240, root.clientWidth), left = 42, side = (width - left) / T, top = 108, half = 64, base = top + 22, height = base + 2 * half + 8;
-  const picture = svg(root, width, height, `Row of token ${t} of both maps`);
   const weights = range(T).map((s) => X.attention.at(S.layer, S.query, t, s)), own = range(T).map((s) => X.hidden_attention.at(S.layer, S.head, t, s));
-  const most = Math.max(...weights) || 1, size = Math.max(...own.map(Math.abs)) || 1, zero = base + half;
+  const most = Math.max(...weights) || 1, size = Math.max(...own.map(Math.abs)) || 1, left = margin([short(most), short(-size)]);
+  const width = Math.max(240, root.clientWidth), side = (width - left) / T, top = 108, half = 64;
+  const stand = upright(range(t + 1).map((s) => labelled(word(s))), side), base = top + stand.room + 8, height = base + 2 * half + 26;
+  const picture = svg(root, width, height, `Row of token ${t} of both maps`);
+  const zero = base + half;
   const text = (x, y, value, extra = {}) => make("text", { x, y, "text-anchor": "end", ...extra }, picture, value);
-  make("rect", { x: left + S.read * side, y: 0, width: side, height, fill: token("faint") }, picture);
+  make("rect", { x: left + S.read * side, y: 0, width: side, height: height - 18, fill: token("faint") }, picture);
   make("line", { x1: left, x2: width, y1: top, y2: top, stroke: token("line") }, picture);
   make("line", { x1: left, x2: width, y1: zero, y2: zero, stroke: token("line") }, picture);
   text(left - 6, 26, short(most)); text(left - 6, top, "0");
   text(left - 6, base + 8, short(size)); text(left - 6, zero + 4, "0"); text(left - 6, base + 2 * half, short(-size));
-  make("text", { x: left + 4, y: 12, class: "strong" }, picture, `attention weight, head ${S.query}`);
-  make("text", { x: left + 4, y: base + 12, class: "strong" }, picture, `hidden attention M, head ${S.head}`);
-  const every = Math.max(1, Math.ceil(9 / side));
+  make("text", { x: left + 4, y: 12, class: "strong axis" }, picture, `attention weight, head ${S.query}`);
+  make("text", { x: left + 4, y: base + 12, class: "strong axis" }, picture, `hidden attention M, head ${S.head}`);
+  axisTitles(picture, "token that is read", "", (left + width) / 2, height);
   range(T).forEach((s) => {
     const x = left + s * side + side * 0.12, wide = side * 0.76;
     make("rect", { x, width: wide, y: top - ((top - 20) * weights[s]) / most, height: ((top - 20) * weights[s]) / most, fill: token("attention"), rx: Math.min(2, wide / 4) }, picture);
     const bar = (half * Math.abs(own[s])) / size;
     make("rect", { x, width: wide, y: own[s] > 0 ? zero - bar : zero, height: bar, fill: css(ramp("signed", own[s] > 0 ? 0.8 : 0.2)), rx: Math.min(2, wide / 4) }, picture);
-    const room = Math.floor((side * every) / 6.6), label = word(s);
-    if (s % every === 0 && s <= t) make("text", { x: left + (s + 0.5) * side, y: top + 15, "text-anchor": "middle", style: "font: 11px ui-monospace, 'Liberation Mono', monospace", class: s === S.read ? "strong" : "" }, picture, clip(label, Math.max(1, room)));
+    if (s <= t && isNamed(s, S.read, stand.step, side)) {
+      const at = left + (s + 0.5) * side, place = stand.turned(labelled(word(s))) ? { "text-anchor": "end", transform: `translate(${at + 4} ${top + 6}) rotate(-90)` } : { "text-anchor": "middle", x: at, y: top + 15 };
+      make("text", { ...place, style: `font: ${MONO}`, class: s === S.read ? "token strong" : "token" }, picture, labelled(word(s)));
+    }
     const area = make("rect", { x: left + s * side, y: 0, width: side, height, fill: "transparent", style: "cursor: pointer" }, picture);
     hover(area, s > t ? `${name(s)} comes later` : `${name(t)} reads ${name(s)}\nattention weight ${exact(weights[s])}\nM ${exact(own[s])}`);
     area.addEventListener("click", () => set({ read: s }));
@@ -310,21 +293,22 @@ function times() {
     describe: (h, t) => `head ${h}, token ${name(t)}\n${TIMES[S.time][0]}: ${exact(source.at(S.layer, h, t))} ${unit}` + (ofAttention ? "" : `\ndt ${exact(X.dt.at(S.layer, h, t))}, kept ${exact(X.decay.at(S.layer, h, t))}`),
   });
   legend(box, colours, unit ? `${TIMES[S.time][0]}, in ${unit}` : TIMES[S.time][0]);
-  distribution(); convolution(); stateLines("fig-norm", "state.norm", "Norm of the state"); stateLines("fig-rank", "state.effective_rank", "Effective rank of the state");
+  distribution(); convolution(); stateLines("fig-norm", "state.norm", "Frobenius norm of the state"); stateLines("fig-rank", "state.effective_rank", "effective rank of the state, in directions");
 }
 
 function distribution() {
   const root = byId("fig-dist");
   root.replaceChildren();
-  const width = Math.max(240, root.clientWidth), left = 60, high = Math.max(10, Math.min(24, 340 / HEADS)), height = HEADS * high + 26;
+  const width = Math.max(240, root.clientWidth), left = 60, high = Math.max(10, Math.min(24, 340 / HEADS)), height = HEADS * high + 42;
   const picture = svg(root, width, height, "Half-lives of each head, one mark per token");
   const every = Array.from(X.half_life.values).filter((v) => Number.isFinite(v));
   const low = Math.floor(Math.log10(every.reduce((a, b) => Math.min(a, b), Infinity))), top = Math.ceil(Math.log10(every.reduce((a, b) => Math.max(a, b), 0)));
   const x = (v) => left + ((Math.log10(v) - low) / (top - low || 1)) * (width - left - 10);
   for (let e = low; e <= top; e++) {
     make("line", { x1: x(10 ** e), x2: x(10 ** e), y1: 0, y2: HEADS * high, stroke: token("line") }, picture);
-    make("text", { x: x(10 ** e), y: height - 6, "text-anchor": e === top ? "end" : "middle" }, picture, short(10 ** e));
+    make("text", { x: x(10 ** e), y: height - 23, "text-anchor": e === top ? "end" : "middle" }, picture, short(10 ** e));
   }
+  axisTitles(picture, "half-life, in tokens (logarithmic)", "", (left + width) / 2, height);
   make("line", { x1: x(T), x2: x(T), y1: 0, y2: HEADS * high, stroke: token("muted"), "stroke-dasharray": "3 3" }, picture);
   range(HEADS).forEach((h) => {
     const values = range(T).map((t) => X.half_life.at(S.layer, h, t)).filter(Number.isFinite).sort((a, b) => a - b), y = (h + 0.5) * high, on = h === S.head;
@@ -344,21 +328,22 @@ function distribution() {
 function convolution() {
   const root = byId("fig-conv"), source = X["conv.quantiles"], taps = source.shape[3];
   root.replaceChildren();
-  const width = Math.max(240, root.clientWidth), left = 40, height = 190, part = (width - left) / 3, base = height - 38;
-  const picture = svg(root, width, height, "Quantiles of the convolution's weights for x, B and C");
   const most = nice(Math.max(...range(3).flatMap((s) => range(taps).flatMap((k) => [0, 4].map((q) => Math.abs(source.at(S.layer, q, s, k)))))));
-  const y = (v) => 8 + ((most - v) / (2 * most)) * (base - 8);
+  const width = Math.max(240, root.clientWidth), left = margin([short(-most)]), height = 224, first = 24, part = (width - left) / 3, base = height - 56;
+  const picture = svg(root, width, height, "Quantiles of the convolution's weights for x, B and C");
+  const y = (v) => first + ((most - v) / (2 * most)) * (base - first);
+  axisTitles(picture, "place before the token, in tokens; by segment", "weight", (left + width) / 2, height);
   [most, 0, -most].forEach((v) => { make("line", { x1: left, x2: width, y1: y(v), y2: y(v), stroke: token("line") }, picture); make("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end" }, picture, short(v)); });
   ["x", "B", "C"].forEach((segment, s) => {
     const x = (k) => left + s * part + 7 + ((k + 0.5) / taps) * (part - 14), wide = Math.min(18, (part - 14) / taps - 6);
-    make("text", { x: left + (s + 0.5) * part, y: height - 4, "text-anchor": "middle", class: "strong" }, picture, segment);
+    make("text", { x: left + (s + 0.5) * part, y: height - 22, "text-anchor": "middle", class: "strong" }, picture, segment);
     range(taps).forEach((k) => {
       const q = range(5).map((i) => source.at(S.layer, i, s, k));
       make("rect", { x: x(k) - wide / 2, width: wide, y: y(q[4]), height: y(q[0]) - y(q[4]), fill: token("ssm"), opacity: 0.22, rx: 2 }, picture);
       make("rect", { x: x(k) - wide / 2, width: wide, y: y(q[3]), height: y(q[1]) - y(q[3]), fill: token("ssm"), opacity: 0.55, rx: 2 }, picture);
       make("line", { x1: x(k) - wide / 2, x2: x(k) + wide / 2, y1: y(q[2]), y2: y(q[2]), stroke: token("ink"), "stroke-width": 2 }, picture);
       const back = taps - 1 - k;
-      make("text", { x: x(k), y: height - 22, "text-anchor": "middle" }, picture, back ? `−${back}` : "0");
+      make("text", { x: x(k), y: height - 40, "text-anchor": "middle" }, picture, back ? `−${back}` : "0");
       hover(make("rect", { x: x(k) - part / taps / 2, y: 0, width: part / taps, height: base, fill: "transparent" }, picture), `${segment}, ${back ? `${back} token${back > 1 ? "s" : ""} ago` : "the token itself"}\nmedian ${exact(q[2])}\nmiddle half ${exact(q[1])} to ${exact(q[3])}\n5–95 % ${exact(q[0])} to ${exact(q[4])}`);
     });
   });
@@ -372,7 +357,7 @@ function stateLines(id, key, label) {
   series.push({ values: row(S.head), colour: token("ssm"), wide: 2.6, mark: true });
   const selected = at.reduce((best, t, i) => (Math.abs(t - S.token) < Math.abs(at[best] - S.token) ? i : best), 0);
   lines(root, series, {
-    label: `${label}, by head and token`, ticks: [0, count - 1], xs: (i) => `token ${at[i]}`, selected, pick: (i) => set({ token: at[Math.min(count - 1, Math.max(0, i))] }),
+    label: `${label}, by head and token`, xTitle: "after which token", yTitle: label, ticks: [0, count - 1], xs: (i) => `token ${at[i]}`, selected, pick: (i) => set({ token: at[Math.min(count - 1, Math.max(0, i))] }),
     describe: (i) => `token ${name(at[i])}\nhead ${S.head}: ${exact(source.at(S.layer, S.head, i))}` + (ranks ? `\nnumerical rank ${X["state.rank"].at(S.layer, S.head, i)}` : ""),
   });
 }
@@ -386,7 +371,7 @@ function lensFigure() {
   root.replaceChildren();
   const table = element("table", { class: "lens" }, root), head = element("tr", {}, element("thead", {}, table));
   element("th", {}, head, "token");
-  range(T).forEach((t) => element("th", { scope: "col", class: t === S.token ? "on" : "" }, head, clip(word(t), 5)));
+  range(T).forEach((t) => element("th", { scope: "col", class: t === S.token ? "on" : "" }, head, labelled(word(t))));
   const body = element("tbody", {}, table);
   range(LAYERS + 1).forEach((point) => {
     const line = element("tr", {}, body);
@@ -395,7 +380,7 @@ function lensFigure() {
       const id = X["lens.top_ids"].at(point, t, 0), p = X["lens.top_probabilities"].at(point, t, 0), colour = colours.colour(p);
       const dark = 0.2126 * linear(colour[0] / 255) + 0.7152 * linear(colour[1] / 255) + 0.0722 * linear(colour[2] / 255) < 0.18;
       const on = t === S.token && point === S.layer + 1;
-      const cell = element("td", { class: (id === X["attribution.token"].at(t) ? "same " : "") + (on ? "on" : "") }, line, clip(shown(id), 5));
+      const cell = element("td", { class: (id === X["attribution.token"].at(t) ? "same " : "") + (on ? "on" : "") }, line, labelled(shown(id)));
       cell.style.background = css(colour);
       cell.style.color = dark ? "#f6f4ee" : "#1c1f24";
       const rank = t < T - 1 ? `\nthe true next token ${quoted(word(t + 1))} has place ${X["lens.rank"].at(point, t)}` : "";
@@ -413,10 +398,12 @@ function lensFigure() {
   byId("lens-title").textContent = `After layer ${S.layer}, token ${name(t)}`;
   const list = byId("fig-top");
   list.replaceChildren();
-  const width = Math.max(240, list.clientWidth), picture = svg(list, width, top * 24 + 4, "Likeliest next tokens"), left = 96;
+  const width = Math.max(240, list.clientWidth), picture = svg(list, width, top * 24 + 4, "Likeliest next tokens");
+  const bold = "600 12px ui-monospace, 'Liberation Mono', monospace", names = range(top).map((k) => labelled(shown(X["lens.top_ids"].at(point, t, k))));
+  const left = Math.max(96, Math.max(...names.map((text) => wide(text, bold))) + 14);
   range(top).forEach((k) => {
     const id = X["lens.top_ids"].at(point, t, k), p = X["lens.top_probabilities"].at(point, t, k), y = k * 24;
-    make("text", { x: left - 10, y: y + 16, "text-anchor": "end", class: "strong", style: "font-family: ui-monospace, 'Liberation Mono', monospace" }, picture, shown(id).slice(0, 11));
+    make("text", { x: left - 10, y: y + 16, "text-anchor": "end", class: "strong", style: `font: ${bold}` }, picture, names[k]);
     make("rect", { x: left, y: y + 3, width: Math.max(1, (width - left - 70) * p), height: 17, rx: 2, fill: css(ramp("sequential", 0.62)) }, picture);
     make("text", { x: left + Math.max(1, (width - left - 70) * p) + 7, y: y + 16 }, picture, percent(p));
     hover(make("rect", { x: 0, y, width, height: 24, fill: "transparent" }, picture), `${quoted(shown(id))}\nprobability ${exact(p)}`);
@@ -425,7 +412,7 @@ function lensFigure() {
   kl.replaceChildren();
   byId("lens-read").textContent = "KL divergence, in nats, from the final distribution to the one after each layer, at this token: 0 when nothing is left to decide." + (ranked ? ` The true next token, ${quoted(word(t + 1))}, takes place ${points.map((i) => X["lens.rank"].at(i, t)).join(" → ")}.` : "");
   lines(kl, [{ values: points.map((i) => X["lens.kl"].at(i, t)), colour: css(ramp("sequential", 0.7)), wide: 2.4, mark: true }], {
-    label: "KL divergence to the final distribution by layer", height: 160, ticks: [0, LAYERS], xs: (i) => (i ? `layer ${i - 1}` : "embedding"), selected: point, pick: (i) => set({ layer: i - 1 }),
+    label: "KL divergence to the final distribution by layer", xTitle: "after which layer", yTitle: "KL divergence, in nats", height: 160, ticks: [0, LAYERS], xs: (i) => (i ? `layer ${i - 1}` : "embedding"), selected: point, pick: (i) => set({ layer: i - 1 }),
     describe: (i) => `${i ? `after layer ${i - 1}` : "at the embedding"}\nKL ${exact(X["lens.kl"].at(i, t))} nats`,
   });
 }
@@ -457,7 +444,7 @@ function switchFigure() {
   bars(root, range(LAYERS).flatMap((l) => BRANCHES.map((branch, b) => {
     const value = mean((t) => source.at(l, b, t));
     return { group: `layer ${l}`, value, colour: token(branch), strong: l === S.layer, pick: l, text: `layer ${l} without ${NAMES[branch]}\nloss ${exact(loss + value)} nats, change ${exact(value)}` };
-  })), "Change of loss when a branch is off", "nats", (layer) => set({ layer }));
+  })), "Change of loss when a branch is off", "change of the mean loss, in nats per token", (layer) => set({ layer }));
 }
 
 // --- theme, size, start ----------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A dissection as one HTML file: template, style, scripts and data in it, nothing fetched.
 
-The files beside this one are written as they are shipped: page.html with three marks, page.css,
+The files beside this one are written as they are shipped: page.html with four marks, page.css,
 page.js (data, controls, tooltips), figures.js (drawing).
 """
 
@@ -17,33 +17,14 @@ import torch
 from torch import Tensor
 
 from ..files import write_file
+from ..tap_table import AXES
+from .block_picture import BOXES, block_svg, multipliers_of
 from .contributions import BRANCHES
 from .dissect import Dissection
 
 MOST_TOKENS = 256  # the matrices of all heads grow with tokens^2, and no screen shows more
-# Taps of the walk through the block, in its order.
-WALK = (
-    *("residual.in", "input_layernorm", "mamba.in_proj", "mamba.conv.out", "mamba.scan.dt"),
-    *("mamba.scan.y", "mamba.gate.out", "contribution.ssm", "self_attn.attention.q"),
-    *("self_attn.attention.k", "self_attn.attention.v", "self_attn.attention.o"),
-    *("contribution.attention", "residual.mid", "feed_forward.swiglu.out", "contribution.mlp"),
-    "residual.out",
-)
-# Multipliers that act between a box of the walk and the one before; [n] picks one of several.
-MULTIPLIERS = {
-    "residual.in": ("embedding_multiplier",),
-    "mamba.in_proj": ("ssm_in_multiplier",),
-    "mamba.conv.out": ("ssm_multipliers[1]", "ssm_multipliers[2]", "ssm_multipliers[3]"),
-    "mamba.scan.dt": ("ssm_multipliers[4]",),
-    "mamba.gate.out": ("ssm_multipliers[0]",),
-    "contribution.ssm": ("ssm_out_multiplier",),
-    "self_attn.attention.q": ("attention_in_multiplier",),
-    "self_attn.attention.k": ("attention_in_multiplier", "key_multiplier"),
-    "self_attn.attention.v": ("attention_in_multiplier",),
-    "contribution.attention": ("attention_out_multiplier",),
-    "feed_forward.swiglu.out": ("mlp_multipliers[0]",),
-    "contribution.mlp": ("mlp_multipliers[1]",),
-}
+# Widths of the drawing of the block: for a screen, and for a phone.
+WIDE, NARROW = 760, 358
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -59,6 +40,8 @@ def page(dissection: Dissection, tokenizer, *, model: str, prompt_tokens: int, t
         "promptTokens": prompt_tokens,
         "ids": dissection.ids,
         "branches": list(BRANCHES),
+        "axes": AXES,
+        "boxes": [box._asdict() for box in BOXES],
         "text": _texts(dissection, tokenizer),
         "config": dissection.config.to_dict(),
         "tensors": {name: _packed(name, t) for name, t in _tensors(dissection).items()},
@@ -70,7 +53,7 @@ def page(dissection: Dissection, tokenizer, *, model: str, prompt_tokens: int, t
     read = {name: (here / name).read_text(encoding="utf-8") for name in _FILES}
     html = read["page.html"].replace("/* style */", read["page.css"])
     html = html.replace("/* script */", read["figures.js"] + read["page.js"])
-    return html.replace("/* data */", text)
+    return html.replace("<!-- block -->", _drawings(dissection)).replace("/* data */", text)
 
 
 _FILES = ("page.html", "page.css", "page.js", "figures.js")
@@ -113,10 +96,13 @@ def _texts(dissection: Dissection, tokenizer) -> dict[str, str]:
     return {str(i): tokenizer.decode([i]) for i in sorted(used)}
 
 
-def _multiplier(config, key: str) -> float:
-    name, _, index = key.rstrip("]").partition("[")
-    value = getattr(config, name)
-    return value[int(index)] if index else value
+def _drawings(dissection: Dissection) -> str:
+    """The block twice; the style shows the one that suits the screen."""
+    first = {box.tap: dissection.walk[f"layers.0.{box.tap}"] for box in BOXES}
+    return "".join(
+        f'<div class="{name}">{block_svg(first, dissection.config, width=width, links=True)}</div>'
+        for name, width in (("wide", WIDE), ("narrow", NARROW))
+    )
 
 
 def _walk(dissection: Dissection) -> list[dict[str, Any]]:
@@ -124,12 +110,11 @@ def _walk(dissection: Dissection) -> list[dict[str, Any]]:
     layers = []
     for number in range(dissection.config.num_hidden_layers):
         taps = {}
-        for name in WALK:
-            entry = dict(dissection.walk[f"layers.{number}.{name}"])
-            keys = MULTIPLIERS.get(name, ()) if name != "residual.in" or number == 0 else ()
+        for box in BOXES:
+            entry = dict(dissection.walk[f"layers.{number}.{box.tap}"])
             for key in ("token_rms", "token_values"):
                 entry[key] = _packed(key, entry[key])
-            entry["multipliers"] = {key: _multiplier(dissection.config, key) for key in keys}
-            taps[name] = entry
+            entry["multipliers"] = multipliers_of(box, dissection.config, number)
+            taps[box.tap] = entry
         layers.append(taps)
     return layers

@@ -29,36 +29,7 @@ FORCED = tuple(
     "mamba.gate.z self_attn.in residual.mid final_layernorm.in".split()
 )
 _OURS = ("mamba.scan.dt", "mamba.scan.state_in", "mamba.conv.window_in")
-# Which function or module makes a tap's tensor, where its name does not say.
-_MAKERS = {
-    "embedding": ("model", "embedding_multiplier"),
-    "mamba.conv.x": ("mamba", "split of in_proj and multipliers"),
-    "mamba.in_proj.in": ("mamba", "ssm_in_multiplier"),
-    "mamba.scan.x": ("mamba", "split of the convolution"),
-    "mamba.scan.B": ("mamba", "split of the convolution"),
-    "mamba.scan.C": ("mamba", "split of the convolution"),
-    "mamba.scan.dt": ("mamba", "dt_bias, softplus and clamp"),
-    "mamba.scan.A": ("mamba", "-exp(A_log)"),
-    "mamba.scan.D": ("mamba", "D"),
-    "mamba.gate.z": ("mamba", "split of in_proj and multipliers"),
-    "mamba.conv.out": ("mamba.causal_conv1d", "y"),
-    "mamba.conv.window": ("mamba.causal_conv1d", "window"),
-    "mamba.scan.y": ("mamba.ssd_scan", "y"),
-    "mamba.scan.state": ("mamba.ssd_scan", "state"),
-    "mamba.gate.out": ("mamba.gated_rms_norm", "out"),
-    "contribution.ssm": ("block", "ssm_out_multiplier"),
-    "self_attn.in": ("block", "attention_in_multiplier"),
-    "self_attn.rope.q": ("self_attn.rope", "q"),
-    "self_attn.rope.k": ("self_attn.rope", "k"),
-    "self_attn.attention.o": ("self_attn.attention", "o"),
-    "contribution.attention": ("block", "attention_out_multiplier"),
-    "residual.mid": ("block", "sum of the branches with their multipliers"),
-    "feed_forward.swiglu.out": ("feed_forward.swiglu", "out"),
-    "contribution.mlp": ("feed_forward", "mlp_multipliers"),
-    "residual.out": ("block", "residual sum"),
-    "final_layernorm.in": ("model", "last residual"),
-    "logits": ("model", "lm_head_multiplier"),
-}
+_FLOOR = 2.0**-23  # one float32 roundoff
 
 
 class Divergence(NamedTuple):
@@ -104,7 +75,7 @@ class Truth:
 def operator_of(name: str) -> str:
     """The operator and which of its tensors, as in "layers.3.mamba.ssd_scan: y"."""
     own = inner_name(name)
-    module, what = _MAKERS.get(own, (own, "output"))
+    module, what = tap_of(own).maker
     return f"{name[: len(name) - len(own)]}{module}: {what}"
 
 

@@ -1,8 +1,7 @@
-"""A parity report as text, Markdown, JSON, a self-contained HTML page or a picture."""
+"""A parity report as text, Markdown or JSON; `heat.py` draws it, `parity_page.py` makes a page."""
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ..files import whole_file
-from ..tap_table import inner_name
+from .budget import Parts
 from .heat import draw
 from .parity import Report, Row
 from .parity_known import text_of
@@ -30,6 +29,8 @@ def write_report(report: Report, facts: dict, path: str | Path) -> None:
         if path.suffix in (".png", ".svg", ".pdf"):
             draw(report, facts, new)
         else:
+            from .parity_page import as_html
+
             make = {".md": as_markdown, ".json": as_json, ".html": as_html}[path.suffix]
             new.write_text(make(report, facts), encoding="utf-8")
 
@@ -77,13 +78,8 @@ def as_text(report: Report, facts: dict) -> str:
             f"{_share(worst):.2f} {worst.tensor}"
         )
     lines += _budget_lines(report)
-    if report.divergences:
-        lines += ["", "first divergence, every place fed the truth:"]
-        lines += [f"  {' '.join(key)}: {text}" for key, text in report.divergences.items()]
-    keys = known_keys(report)
-    if keys:
-        lines += ["", f"known differences of {report.peer} that these tensors show:"]
-        lines += [f"  {key}: {text_of(key)}" for key in keys]
+    for heading, entries in lists(report):
+        lines += ["", f"{heading}:", *(f"  {key}: {text}" for key, text in entries)]
     return "\n".join([*lines, "", verdict(report)])
 
 
@@ -97,6 +93,31 @@ def _budget_lines(report: Report) -> list[str]:
         parts = " ".join(f"{_number(value):>8}" for value in row.parts)
         lines.append(f"  {row.dtype:9} {row.path:8} {row.table:10} {parts}")
     return lines
+
+
+def lists(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What stands below the numbers: (heading, (key, text) of each entry); empty ones left out."""
+    known = [(key, text_of(key)) for key in known_keys(report)]
+    found = [(" ".join(key), text) for key, text in report.divergences.items()]
+    named = [
+        ("First divergence, every place fed the truth", found),
+        (f"Known differences of {report.peer} that these tensors show", known),
+    ]
+    return [(heading, entries) for heading, entries in named if entries]
+
+
+def numbers(row: Row) -> dict[str, str]:
+    """What is known of a row, by name, as text; "" where it was not measured."""
+    parts = (row.parts or (None,) * 5)[:4]
+    return {
+        "ours rms": _number(row.rms),
+        "ours max": _number(row.max),
+        "theirs rms": _number(row.peer_rms),
+        "theirs max": _number(row.peer_max),
+        "ours / theirs": _ratio(row),
+        "tolerance": _number(row.tolerance),
+        **dict(zip(Parts._fields, map(_number, parts))),
+    }
 
 
 def known_keys(report: Report) -> list[str]:
@@ -126,118 +147,25 @@ def as_json(report: Report, facts: dict) -> str:
 
 
 def as_markdown(report: Report, facts: dict) -> str:
+    """A table per dtype, path and table; a number of ours beyond the budget is bold."""
     lines = ["# Parity", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
-    lines += [f"**{verdict(report)}**", ""]
-    lines += [f"- {' '.join(key)}: {text}" for key, text in report.divergences.items()]
+    lines += [f"**{verdict(report)}**"]
     keys = known_keys(report)
     for (dtype, path, table), rows in groups(report):
-        lines += ["", f"## {dtype}, {path}, {table}", ""]
-        lines.append(
-            "| tensor | rms | max | theirs: rms | max | ours / theirs | tolerance | known |"
-        )
-        lines.append("|---|---:|---:|---:|---:|---:|---:|---|")
+        heads = ["tensor", *numbers(rows[0]), "known"]
+        lines += ["", f"## {dtype}, {path}, {table}", "", f"| {' | '.join(heads)} |"]
+        lines.append("|---|" + "---:|" * (len(heads) - 2) + "---|")
         for row in rows:
+            rms, *others = numbers(row).values()
             marks = " ".join(_mark(note, keys) for note in row.notes)
-            rms = _number(row.rms) if row.within else f"**{_number(row.rms)}**"
-            cells = [f"`{row.tensor}`", rms, _number(row.max), _number(row.peer_rms)]
-            cells += [_number(row.peer_max), _ratio(row), _number(row.tolerance)]
-            cells += [_number(part) for part in (row.parts or (None,) * 5)[:4]] + [marks]
-            lines.append("| " + " | ".join(cells) + " |")
+            cells = [f"`{row.tensor}`", rms if row.within else f"**{rms}**", *others, marks]
+            lines.append(f"| {' | '.join(cells)} |")
+    for heading, entries in lists(report):
+        lines += ["", f"## {heading}", ""]
+        lines += [f"{i}. **{key}**: {text}." for i, (key, text) in enumerate(entries, 1)]
     if keys:
-        lines += ["", "## Known differences", ""]
-        lines += [f"{i}. **{key}**: {text_of(key)}." for i, key in enumerate(keys, 1)]
         lines += ["", "A number in brackets stands behind the difference, not at it."]
     return "\n".join(lines) + "\n"
-
-
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1c1c1c;--paper:#fff;--line:#ccc;--soft:#666}
-@media(prefers-color-scheme:dark){:root{--ink:#e8e8e8;--paper:#161616;--line:#444;--soft:#aaa}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
-max-width:1200px;margin:0 auto;padding:1.5rem 1rem}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:12px;margin:.5rem 0}
-th,td{padding:.15rem .4rem;border:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child{text-align:left;font-weight:400;font-family:ui-monospace,monospace}
-td.beyond{outline:2px solid #d33;outline-offset:-2px}
-dt{font-weight:600;margin-top:.5rem}dd{margin:0;color:var(--soft)}.bad{color:#d33}
-"""
-
-
-def as_html(report: Report, facts: dict) -> str:
-    """A page without scripts or links: one table per dtype, path and table, layers as columns.
-
-    Each cell: ours, a small bar of how much of its tolerance it takes, and on hovering all numbers.
-    """
-    title = html.escape(f"Parity of {facts.get('model', '')}")
-    parts = [f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title>"]
-    parts.append("<meta name='viewport' content='width=device-width,initial-scale=1'>")
-    parts.append(f"<style>{_STYLE}</style><h1>{title}</h1><dl>")
-    parts += [f"<dt>{_esc(key)}</dt><dd>{_esc(value)}</dd>" for key, value in facts.items()]
-    state = "bad" if report.beyond else ""
-    parts.append(f"</dl><p class='{state}'><strong>{_esc(verdict(report))}</strong></p>")
-    if report.divergences:
-        parts.append("<h2>First divergence, every place fed the truth</h2><ul>")
-        parts += [
-            f"<li>{_esc(' '.join(key))}: {_esc(text)}</li>"
-            for key, text in report.divergences.items()
-        ]
-        parts.append("</ul>")
-    parts.append(
-        "<p>A cell: relative root mean square error of ours to float64, and behind the slash ours "
-        "over theirs where the other side shows the tensor. The colour says how much of its "
-        "tolerance ours takes, from none to all; a red frame is beyond it. A number in brackets is "
-        "a known difference, explained below.</p>"
-    )
-    keys = known_keys(report)
-    for (dtype, path, table), rows in groups(report):
-        parts.append(
-            f"<h2>{_esc(dtype)}, {_esc(path)}, {_esc(table)}</h2><div class='wide'><table>"
-        )
-        parts += _html_rows(rows, keys)
-        parts.append("</table></div>")
-    if keys:
-        parts.append(f"<h2>Known differences of {_esc(report.peer)}</h2><dl>")
-        for i, key in enumerate(keys, 1):
-            parts.append(f"<dt>[{i}] {_esc(key)}</dt><dd>{_esc(text_of(key))}</dd>")
-        parts.append("</dl>")
-    return "".join(parts) + "</html>\n"
-
-
-def _html_rows(rows: list[Row], keys: list[str]) -> Iterator[str]:
-    cells = {(inner_name(row.tensor), _layer(row)): row for row in rows}
-    layers = sorted({layer for _, layer in cells})
-    heads = "".join(f"<th>{'model' if layer < 0 else f'layer {layer}'}</th>" for layer in layers)
-    yield f"<tr><th>tensor</th>{heads}</tr>"
-    for name in dict.fromkeys(name for name, _ in cells):
-        row_cells = (_html_cell(cells.get((name, layer)), keys) for layer in layers)
-        yield f"<tr><th>{_esc(name)}</th>{''.join(row_cells)}</tr>"
-
-
-def _html_cell(row: Row | None, keys: list[str]) -> str:
-    if row is None:
-        return "<td></td>"
-    share = min(_share(row), 1.0)
-    text = _number(row.rms) + (f" / {_ratio(row)}" if row.ratio is not None else "")
-    marks = "".join(f" [{keys.index(n) + 1}]" for n in row.notes if n in keys)
-    known = "; ".join(row.notes)
-    hover = (
-        f"{row.tensor}: ours rms {row.rms:.3g}, max {row.max:.3g}; theirs "
-        f"rms {_number(row.peer_rms)}, max {_number(row.peer_max)}; tolerance "
-        f"{_number(row.tolerance)}"
-        + (f"; {_parts(row)}" if row.parts else "")
-        + (f"; known: {known}" if known else "")
-    )
-    kind = "" if row.within else " class='beyond'"
-    colour = f"color-mix(in srgb,#e69f00 {share * 60:.0f}%,transparent)"
-    return f"<td{kind} style='background:{colour}' title='{_esc(hover)}'>{text}{marks}</td>"
-
-
-def _parts(row: Row) -> str:
-    return ", ".join(f"{k} {_number(v)}" for k, v in row.parts._asdict().items())
-
-
-def _layer(row: Row) -> int:
-    return int(row.tensor.split(".")[1]) if row.tensor.startswith("layers.") else -1
 
 
 def _mark(note: str, keys: list[str]) -> str:
@@ -263,7 +191,3 @@ def _ratio(row: Row) -> str:
 def _finite(value):
     """JSON has no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _esc(value) -> str:
-    return html.escape(str(value), quote=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checkpoint import Streamed
 from ..tables import aligned
+from ..tap_table import config_value
 from ..taps import record, tap_of
 
 EXAMPLE = "What is 47+25-8?"
@@ -58,7 +59,7 @@ def _step(name: str, tensor: Tensor, where: str, config) -> WalkStep:
         tensor.nbytes,
         where,
         tap.meaning,
-        {key: getattr(config, key) for key in tap.keys},
+        {key: config_value(config, key) for key in tap.keys},
     )
 
 

@@ -113,8 +113,8 @@ def test_confidences_along_traces(tmp_path, figure):
                 assert end[:3] == ([curve[0][-1]], [curve[1][-1]], curve[2])
                 assert end[4] == ("x" if number == 2 else "o")
     assert found == {n: (list(map(float, x)), *rest) for n, (x, *rest) in expected.items()}
-    # Those with an answer lie on top.
-    assert [curve[2] for curve in curves][:2] == [OTHER, OTHER]
+    # What is drawn later lies on top: the right ones last.
+    assert [curve[2] for curve in curves] == [OTHER, OTHER, WRONG, RIGHT, RIGHT]
     labels = [text.get_text() for text in figure().legends[0].get_texts()]
     assert labels == [
         *("right: 2", "wrong: 1", "no answer: 2"),

@@ -80,7 +80,7 @@ def test_the_file_needs_nothing_else():
     html = page(dissect(model, [1, 2, 3]), Letters(), model="m", prompt_tokens=3, title="t")
     for mark in ("/* style */", "/* script */", "/* data */", "src=", "@import", "url(", "fetch("):
         assert mark not in html, mark
-    assert set(re.findall(r'href="([^"]*)"', html)) == {"data:,"}
+    assert set(re.findall(r'href="([^"#]*)', html)) == {"data:,", ""}
     assert set(re.findall(r"https?://[^\s\"']+", html)) == {"http://www.w3.org/2000/svg"}
 
 
@@ -144,7 +144,7 @@ def test_the_command_prints_the_document(capsys, checkpoint, tmp_path, monkeypat
 
 # --- in a browser --------------------------------------------------------------------------------
 
-FIGURES = "walk size attr att ssm row time dist conv norm rank lens top kl switch".split()
+FIGURES = "block walk size attr att ssm row time dist conv norm rank lens top kl switch".split()
 # Every canvas must show more than one colour, every drawing have marks.
 EMPTY = """
 [...document.querySelectorAll('main .figure, #fig-att, #fig-ssm')].flatMap((node) => {
@@ -154,7 +154,7 @@ EMPTY = """
   for (const canvas of node.querySelectorAll('canvas')) {
     const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
     const pixels = new Uint32Array(data.buffer), filled = pixels.filter((p) => p >>> 24 === 255);
-    if (new Set(pixels).size < 5 || filled.length < 0.2 * pixels.length) add('empty canvas');
+    if (new Set(pixels).size < 5 || filled.length < 0.1 * pixels.length) add('empty canvas');
   }
   for (const svg of node.querySelectorAll('svg')) {
     if (svg.querySelectorAll('rect, line, polyline').length < 3) add('empty drawing');
@@ -163,6 +163,49 @@ EMPTY = """
 })
 """
 # innerWidth will not do: a phone zooms out until what sticks out fits.
+# No text of a drawing leaves the drawing or its box, and no label on a canvas touches its edge.
+CLIPPED = """
+(() => {
+  const problems = [], seen = (n) => n.getBoundingClientRect().width > 0;
+  for (const svg of [...document.querySelectorAll('main svg')].filter(seen)) {
+    for (const text of svg.querySelectorAll('text')) {
+      const frame = text.parentNode.querySelector(':scope > rect.box') || svg;
+      const room = frame.getBoundingClientRect(), box = text.getBoundingClientRect();
+      const out = box.left < room.left - 1 || box.right > room.right + 1;
+      if (out || box.bottom > room.bottom + 3 || box.top < room.top - 3)
+        problems.push(`${svg.getAttribute('aria-label')}: ${text.textContent}`);
+    }
+  }
+  for (const canvas of document.querySelectorAll('canvas[tabindex="0"]')) {
+    const context = canvas.getContext('2d'), { width, height } = canvas;
+    const left = context.getImageData(0, 0, 2, height).data;
+    const below = context.getImageData(0, height - 1, width, 1).data;
+    if ([left, below].some((edge) => edge.some((v, i) => i % 4 === 3 && v)))
+      problems.push(canvas.getAttribute('aria-label'));
+  }
+  return problems;
+})()
+"""
+# Texts below 11 pixels, and what is to be touched below 24.
+SMALL = """
+(() => {
+  const cut = (nodes) => nodes.map((n) => n.outerHTML.slice(0, 80));
+  const all = (selector) => [...document.querySelectorAll(selector)]
+    .filter((n) => n.getBoundingClientRect().width);
+  const texts = all('main text, main span, main p, main td, main th');
+  const size = (n) => parseFloat(getComputedStyle(n).fontSize);
+  return cut(texts.filter((n) => n.textContent.trim() && size(n) < 11))
+    .concat(cut(all('button, input, .tok, .block a').filter((n) => {
+      const box = n.getBoundingClientRect();
+      return box.width < 24 || box.height < 24;
+    })));
+})()
+"""
+TITLES = """
+Object.fromEntries(['attr', 'row', 'dist', 'conv', 'norm', 'rank', 'kl', 'switch'].map((name) => [
+  name, [...document.querySelectorAll(`#fig-${name} text.axis`)].map((n) => n.textContent),
+]))
+"""
 LAYOUT = """((width) => ({
   wide: document.documentElement.scrollWidth > width,
   outside: [...document.querySelectorAll('main *, header *')].filter((n) => {
@@ -194,11 +237,12 @@ def tab(written):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("width", [390, 1280])
 def test_every_figure_is_drawn_and_nothing_sticks_out(tab, written, width, dark):
     tab.open(written, width, dark=dark)
     assert tab.run(EMPTY) == []
     assert tab.run(f"{LAYOUT}({width})") == {"wide": False, "outside": []}
+    assert tab.run(CLIPPED) == [] and tab.run(SMALL) == []
     found = tab.run(f"{json.dumps(FIGURES)}.filter((n) => !document.getElementById('fig-' + n))")
     assert found == []
     background = tab.run("getComputedStyle(document.body).backgroundColor")
@@ -206,6 +250,43 @@ def test_every_figure_is_drawn_and_nothing_sticks_out(tab, written, width, dark)
     assert (brightness < 200) == dark
     assert tab.problems == []
     assert all(url.startswith(("file:", "data:", "about:")) for url in tab.requests)
+
+
+@pytest.mark.slow
+def test_axes_are_titled_and_tokens_are_named_whole(tab, written):
+    tab.open(written, 390)
+    titles = tab.run(TITLES)
+    assert titles == {
+        "attr": ["part of the logit, in logits"],
+        "row": [titles["row"][0], titles["row"][1], "token that is read"],
+        "dist": ["half-life, in tokens (logarithmic)"],
+        "conv": ["weight", "place before the token, in tokens; by segment"],
+        "norm": ["Frobenius norm of the state", "after which token"],
+        "rank": ["effective rank of the state, in directions", "after which token"],
+        "kl": ["KL divergence, in nats", "after which layer"],
+        "switch": ["change of the mean loss, in nats per token"],
+    }
+    tokens = tab.run("range(T).map(word)")
+    assert "<|im_start|>" in tokens and "\\boxed{" in tokens
+    assert tab.run("[...document.querySelectorAll('#fig-lens thead th')].slice(1)"
+                   ".map((n) => n.textContent)") == tokens  # fmt: skip
+    tab.run("set({ token: T - 1, read: 0 })")
+    assert tab.run("document.querySelector('#fig-row .token.strong').textContent") == tokens[0]
+    assert tab.run(CLIPPED) == []
+
+
+@pytest.mark.slow
+def test_the_drawing_leads_to_the_numbers(tab, written):
+    tab.open(written, 390)
+    tab.run("document.documentElement.style.scrollBehavior = 'auto'")
+    assert tab.run("document.querySelector('#fig-block .wide').offsetParent") is None
+    tab.run("document.querySelector('#fig-block .narrow a[data-tap=\"mamba.scan.y\"]').focus()")
+    tab.press("Enter")
+    top = tab.run("document.getElementById('step-mamba.scan.y').getBoundingClientRect().top")
+    assert 0 < top < 600 and tab.problems == []
+    steps = tab.run("[...document.querySelectorAll('.step')].map((n) => n.id)")
+    taps = [box["tap"] for box in data_of(written.read_text())["boxes"]]
+    assert sorted(steps) == sorted(f"step-{tap}" for tap in taps)
 
 
 @pytest.mark.slow
@@ -269,7 +350,7 @@ def test_every_control_is_named_and_shows_its_focus(tab, written):
     )
     assert nameless == []
     reached, plain = [], []
-    for _ in range(25):
+    for _ in range(45):
         tab.press("Tab")
         place = tab.run("(document.activeElement.id || document.activeElement.className)")
         style = tab.run("getComputedStyle(document.activeElement).outlineStyle")

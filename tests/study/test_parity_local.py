@@ -175,7 +175,8 @@ def test_an_operator_that_is_off_in_one_layer_is_named_there(truth):
 FAULTY = {
     "key_multiplier dropped": "layers.0.self_attn.rope: k",
     "ssm_multipliers[dt] dropped": "layers.0.mamba: dt_bias, softplus and clamp",
-    "ssm_multipliers[B] dropped": "layers.0.mamba: split of in_proj and multipliers",
+    "ssm_multipliers[B] dropped": "layers.0.mamba: "
+    "ssm_multipliers[1], ssm_multipliers[2], ssm_multipliers[3]",
     "attention_out_multiplier dropped": "layers.0.block: attention_out_multiplier",
     "final norm missing": "final_layernorm: output",
     "lm_head_multiplier dropped": "model: lm_head_multiplier",

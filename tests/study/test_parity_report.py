@@ -249,12 +249,16 @@ def test_every_form_of_the_report(capsys, checkpoint, tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     page = (tmp_path / "r.html").read_text()
-    assert not re.search(r"(src|href)=|https?://|<script", page)
+    assert not re.search(r"src=|https?://|url\(|@import", page)
     table = (tmp_path / "r.md").read_text()
+    (heads,) = {x for x in table.splitlines() if x.startswith("| tensor |")}
     for row in rows:
         line = next(x for x in table.splitlines() if x.startswith(f"| `{row['tensor']}` |"))
-        assert f"| {row['rms']:.1e} |" in line or row["rms"] == 0
-        assert f"{row['tensor']}: ours rms {row['rms']:.3g}" in page
+        cells = dict(zip(heads.split(" | "), line.split(" | "), strict=True))
+        text = f"{row['rms']:.1e}" if row["rms"] else "0"
+        assert cells["ours rms"] == text and f"{row['tensor']}: ours rms {text}" in page
+        if row["parts"] is not None and row["parts"]["kernel"]:
+            assert cells["kernel"] == f"{row['parts']['kernel']:.1e}"
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -296,7 +300,8 @@ def test_refusals(capsys, checkpoint, argv, message):
 
 def test_an_infinite_error_is_beyond_and_null_in_json():
     from falcon_h1r.study.parity import Report, Row
-    from falcon_h1r.study.parity_render import as_html, as_json, as_markdown, as_text
+    from falcon_h1r.study.parity_page import as_html
+    from falcon_h1r.study.parity_render import as_json, as_markdown, as_text
 
     row = Row("logits", "float32", "prefill", "torch", math.inf, math.inf, None, None, 0.0, ())
     report = Report([row], "", {})
@@ -305,3 +310,29 @@ def test_an_infinite_error_is_beyond_and_null_in_json():
     for make in (as_html, as_markdown, as_text):
         assert "inf" in make(report, {})
     assert isinstance(Budget({}, "", "", {}).tolerance("a", "b", "c"), type(None))
+
+
+def test_the_picture_says_what_its_frame_and_axes_mean(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from falcon_h1r.study.heat import draw
+    from falcon_h1r.study.parity import Report, Row
+
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: kept.append(self))
+    names = ("embed_tokens", "layers.0.mamba.scan.y", "layers.1.mamba.scan.y")
+    rows = [
+        Row(name, dtype, "prefill", "torch", 2e-6, 2e-6, 3e-6, 3e-6, 2.5e-6, ())
+        for dtype in ("float32", "bfloat16")
+        for name in names
+    ]
+    draw(Report(rows, "peer 1", {}), {"model": "tiny"}, tmp_path / "r.png")
+    (figure,) = kept
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["framed: beyond the budget", "grey: not shown, or no such tensor"]
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_xlabel() for axes in panels] == ["", "", "layer", "layer"]
+    framed = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in panels]
+    cells = [[2, 0], [0, 1], [1, 1]]  # theirs alone
+    assert framed == [[], [cells], [], [cells]]
