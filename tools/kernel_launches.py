@@ -204,7 +204,6 @@ CASES = [
         options=_PACKED,
     ),
     Case("ssd_step", _family("ssd_step"), "ssd_step", _DECODE),
-    Case("ssd_step_norm", _family("ssd_step_norm"), "ssd_step_norm", _DECODE),
     Case(
         "ssd_step",
         _family("ssd_step"),
