@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .timing import QUICK, Budget, measure
+from .timing import QUICK, TimeBudget, measure
 
 PACKAGES = (
     "torch",
@@ -194,7 +194,7 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(
-    device: torch.device, dtypes: Sequence[torch.dtype], clock, budget: Budget = QUICK
+    device: torch.device, dtypes: Sequence[torch.dtype], clock, budget: TimeBudget = QUICK
 ) -> Ceilings:
     """Sum and copy arrays, and multiply square matrices; each at the 20th percentile of time.
 

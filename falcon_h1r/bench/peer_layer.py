@@ -8,17 +8,14 @@ from typing import Any
 import torch
 
 from ..attention import visible_keys
-from .implementations import Bound, Implementation
-from .peers import import_error
+from .contest import Bound, Implementation
 
-_MODULE = "transformers.models.falcon_h1.modeling_falcon_h1"
+MODULE = "transformers.models.falcon_h1.modeling_falcon_h1"
 _SEED_TOKENS = 4  # of a true prefill, after which the cache holds tensors to be replaced
 
 
 def transformers_layer(model, slack: float) -> Implementation:
     """slack: see `gate.judge`; doubled, since transformers rounds more often."""
-    if reason := import_error(_MODULE):
-        return Implementation("transformers", None, reason)
     if model.dtype == torch.float64:
         return Implementation("transformers", None, "computes in float32")
     return Implementation("transformers", lambda inputs: _bind(model, inputs), slack=2 * slack)
@@ -27,7 +24,7 @@ def transformers_layer(model, slack: float) -> Implementation:
 def _bind(model, inputs: dict[str, Any]) -> Bound:
     """In prefill every call begins an empty DynamicCache, as `generate` does; behind a past, every
     call puts the same keys back, so that the context does not grow from call to call."""
-    falcon, x, w = importlib.import_module(_MODULE), inputs["x_bld"], inputs["workload"]
+    falcon, x, w = importlib.import_module(MODULE), inputs["x_bld"], inputs["workload"]
     dynamic_cache = importlib.import_module("transformers").DynamicCache
     config = _config(falcon, model.config)
     layer = _layer(falcon, config, model)

@@ -25,7 +25,7 @@ from torch import Tensor
 Adapter = Callable[[Any, dict[str, Any]], tuple[Callable, Callable]]
 
 
-class Peer(NamedTuple):
+class PeerPackage(NamedTuple):
     """A package's implementations by operator.
 
     slack: factor on the gate's tolerance, 1 unless the package rounds more often by design, for the
@@ -41,13 +41,11 @@ class Peer(NamedTuple):
     refuses: Callable[[Any], str] = lambda case: ""
 
 
-def why_not(peer: Peer, case, device: torch.device) -> str:
-    """Why a peer does not take part in a case; "" if it does."""
+def why_away(peer: PeerPackage, device: torch.device) -> str:
+    """Why a peer takes part in no case on a device; "" if it does."""
     if error := import_error(peer.module):
         return error
-    if peer.needs_gpu and device.type != "cuda":
-        return "needs a GPU"
-    return peer.refuses(case)
+    return "needs a GPU" if peer.needs_gpu and device.type != "cuda" else ""
 
 
 @cache
@@ -256,7 +254,7 @@ def _ms_refuses(case) -> str:
 
 
 PEERS = (
-    Peer(
+    PeerPackage(
         "transformers",
         "transformers.models.falcon_h1.modeling_falcon_h1",
         {
@@ -273,7 +271,7 @@ PEERS = (
         slack_reason="it rounds intermediate results, cos, sin and the state to the model's dtype",
         refuses=lambda case: "computes in float32" if case.dtype == torch.float64 else "",
     ),
-    Peer(
+    PeerPackage(
         "mamba_ssm",
         "mamba_ssm",
         {"gated_rms_norm": _ms_gated_rms_norm, "ssd_scan": _ms_scan, "ssd_step": _ms_step},
@@ -282,13 +280,13 @@ PEERS = (
         slack_reason="states between chunks in the model's dtype",
         refuses=_ms_refuses,
     ),
-    Peer(
+    PeerPackage(
         "causal_conv1d",
         "causal_conv1d",
         {"causal_conv1d": _cc_conv, "causal_conv1d_step": _cc_conv_step},
         needs_gpu=True,
     ),
-    Peer(
+    PeerPackage(
         "flash-linear-attention",
         "fla",
         {"ssd_scan": _fla_scan},
@@ -297,7 +295,7 @@ PEERS = (
         slack_reason="x dt and operands of products rounded to the model's dtype",
         refuses=lambda case: "" if case.dtype.itemsize == 2 else "float32 products are TF32",
     ),
-    Peer(
+    PeerPackage(
         "flash_attn",
         "flash_attn",
         {
@@ -309,3 +307,5 @@ PEERS = (
         refuses=lambda case: "16-bit only" if case.dtype.itemsize != 2 else "",
     ),
 )
+# Everyone whose faults are not ours; llama.cpp takes part in `bench generate`.
+NAMES = (*(peer.name for peer in PEERS), "llama.cpp")

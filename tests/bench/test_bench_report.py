@@ -6,7 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench.tiny_bench import BUDGET, CEILINGS, CPU, TWO_GROUPS, FakeClock, temporary, tiny_cases
+from bench.tiny_bench import (
+    BUDGET,
+    CEILINGS,
+    CPU,
+    TWO_GROUPS,
+    FakeClock,
+    temporary,
+    tiny_cases,
+    tiny_session,
+)
 
 from falcon_h1r.bench import contest, machine, operator_bench, plot, report
 from falcon_h1r.bench.operators import Cost
@@ -48,9 +57,9 @@ TIMED = {
 def run_ops(path, lines=None, **options):
     cases = tiny_cases(workloads=[Workload("prefill", 1, 5)], configs={"t": TWO_GROUPS}, **options)
     say = [].append if lines is None else lines.append
-    with report.Report(path, say) as out:
+    with report.Results(path, say) as out:
         out.head(CARD, CEILINGS, {"clock": "fake"})
-        wrong = operator_bench.run(cases, CPU, FakeClock(), CEILINGS, BUDGET, out)
+        wrong = operator_bench.run(cases, tiny_session(results=out))
     return out.records, wrong
 
 
@@ -63,7 +72,13 @@ def test_records_follow_the_schema_and_the_file_holds_them_all(tmp_path):
     assert records[0]["format"] == report.FORMAT and records[0]["cpu"] == CARD["cpu"]
     assert records[1]["matmul"]["bfloat16"] == 2e11
     assert records[1]["bandwidths"][0] == {"size": 2**20, "read": 4e9, "copy": 5e9}
-    results = records[2:]
+    away = [r for r in records if r["record"] == "absent"]
+    first = {"record": "absent", "implementation": "triton", "reason": "needs a GPU"}
+    assert away[0] == first
+    assert {"mamba_ssm", "flash_attn"} < {r["implementation"] for r in away}
+    assert len(away) == len({r["implementation"] for r in away}), "once in a run"
+    assert "\n".join(lines).count("needs a GPU") == 1
+    results = records[2 + len(away) :]
     assert {r["record"] for r in results} == {"result"}
     for r in results:
         for name, kind in SHARED.items():
@@ -74,7 +89,6 @@ def test_records_follow_the_schema_and_the_file_holds_them_all(tmp_path):
         assert set(r) <= set(SHARED) | set(TIMED) | {"times_torch"}
     timed = [r for r in results if r["status"] == "timed"]
     assert {"reference", "torch"} <= {r["implementation"] for r in timed}
-    assert {"triton", "mamba_ssm"} <= {r["implementation"] for r in results if r not in timed}
     run_ops(path)
     assert len(path.read_text().splitlines()) == 2 * len(records), "a second run is appended"
 
@@ -195,20 +209,20 @@ def test_speed_is_compared_with_torchs():
         name: {"status": "timed", "reason": "", "seconds": {"p20": t, "p50": t, "p80": t}}
         for name, t in (("reference", 4.0), ("torch", 2.0), ("triton", 0.5))
     }
-    with report.Report(None, lambda text: None) as out:
-        out.results("title", {}, parts)
+    with report.Results(None, lambda text: None) as out:
+        out.table("title", {}, parts)
     assert [r["times_torch"] for r in out.records] == [0.5, 1.0, 4.0]
 
 
 def test_a_case_without_memory_is_skipped_and_the_next_one_runs(tmp_path, monkeypatch):
-    find = operator_bench.gate.find_truth
+    find = operator_bench.gate.find_expected
 
     def hungry(case, inputs):
         if case.op == "rope":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return find(case, inputs)
 
-    monkeypatch.setattr(operator_bench.gate, "find_truth", hungry)
+    monkeypatch.setattr(operator_bench.gate, "find_expected", hungry)
     records, wrong = run_ops(None, ops=["rope", "swiglu"])
     assert wrong == 0
     skipped = [r for r in records if r["record"] == "skipped"]
