@@ -68,6 +68,9 @@ def sized(
     if unknown := [letter for letter in sizes if letter not in axes]:
         known = ", ".join(axes)
         raise ValueError(f"{op} has no axis {unknown[0]!r}; it has: {known}")
+    for letter, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{op}: {letter} is {size!r}, expected a positive integer")
     try:
         changed = replace(config, **_fields(op, sizes, config))
     except ValueError as error:
@@ -104,6 +107,8 @@ def _fields(op: str, sizes: Mapping[str, int], config: FalconH1Config) -> dict[s
         d, groups = fields.pop("d_ssm", config.d_ssm), fields.get("mamba_n_groups", groups)
         fields |= {"mamba_d_ssm": d, "mamba_d_head": "auto", "mamba_n_groups": groups}
         fields["mamba_n_heads"] = groups
+    if op in ("rope", "rope_key") and "h" in sizes:  # queries and keys alike: either has all heads
+        fields = {"num_attention_heads": sizes["h"], "num_key_value_heads": sizes["h"], **fields}
     if "conv_dim" in fields:  # of c channels one is B's and one C's
         c = fields.pop("conv_dim")
         if c < 3:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..config import FalconH1Config
-from . import contest, operator_bench, peers
+from . import contest, gate, operator_bench, peers
 from .axes import sized
 from .machine import Ceilings, measure_ceilings
 from .registry import select
@@ -109,8 +109,9 @@ def _name(function: Any) -> str:
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype is {dtype!r}, expected float32, bfloat16, float16 or float64")
+    if found not in gate.ROUNDOFF:
+        known = ", ".join(str(one).removeprefix("torch.") for one in gate.ROUNDOFF)
+        raise ValueError(f"dtype is {dtype!r}, expected one of: {known}")
     return found
 
 

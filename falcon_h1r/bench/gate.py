@@ -111,14 +111,15 @@ def judge(found: Sequence[Tensor], expected: Expected, slack: float = 1.0) -> Ga
     slack: factor on what is allowed, for peers that state a reason (`peers.PeerPackage.slack`).
     The result carries the errors of the output that comes closest to its bound, or passes it most.
     """
+    for index, tensor in enumerate(found):
+        if not isinstance(tensor, Tensor):
+            return _refused(f"output {index} is of type {type(tensor).__name__}, expected a tensor")
     if len(found) != len(expected.outputs):
         return _refused(f"{len(found)} outputs, expected {len(expected.outputs)}")
     tightest, share = None, -1.0
     for index, (tensor, exact, allowed) in enumerate(
         zip(found, expected.outputs, expected.allowed)
     ):
-        if not isinstance(tensor, Tensor):
-            return _refused(f"output {index} is of type {type(tensor).__name__}, expected a tensor")
         if tensor.shape != exact.shape:
             return _refused(
                 f"output {index} has shape {tuple(tensor.shape)}, expected {tuple(exact.shape)}"

@@ -116,7 +116,7 @@ class Case:
 
     def outputs(self, returned: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """What a call with `inputs` returned, then the tensors it wrote in place."""
-        first = returned if isinstance(returned, tuple) else (returned,)
+        first = returned if isinstance(returned, (tuple, list)) else (returned,)
         return (*first, *(inputs[name] for name in self.operator.mutates))
 
     def scratch(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import Any
 from .machine import Ceilings, checkout, short_name
 
 FORMAT = 1
-_COLUMNS = f"{'':24}{'median':>11}  {'[p20, p80]':<21}{'GB/s':>8}{'GFLOP/s':>10}{'ceiling':>9}"
+_COLUMNS = f"{'median':>11}  {'[p20, p80]':<21}{'GB/s':>8}{'GFLOP/s':>10}{'ceiling':>9}"
+_NAME = 24  # the least width of the column of names
 
 
 class Results:
@@ -75,28 +76,29 @@ class Results:
     def table(self, title: str, shared: dict[str, Any], parts: dict[str, dict[str, Any]]) -> None:
         """All implementations of one case: a record and a line of the table each."""
         self.say(f"\n{title}")
+        width = max(_NAME, *(len(name) + 2 for name in parts))
         if any("percent_of_ceiling" in part for part in parts.values()):
-            self.say(_COLUMNS)
+            self.say(f"  {'':{width}}{_COLUMNS}")
         base = parts.get("torch", {}).get("seconds", {}).get("p50")
         for name, part in parts.items():
             if base and "seconds" in part:
                 part["times_torch"] = base / part["seconds"]["p50"]
             self.add({"record": "result", **shared, "implementation": name, **part})
-            self.say(line(name, part))
+            self.say(line(name, part, width))
 
     def skipped(self, title: str, shared: dict[str, Any], reason: str) -> None:
         self.add({"record": "skipped", **shared, "reason": reason})
         self.say(f"\n{title}\n  skipped: {reason}")
 
 
-def line(name: str, part: dict[str, Any]) -> str:
+def line(name: str, part: dict[str, Any], width: int = _NAME) -> str:
     """One implementation's line of the table."""
     if "seconds" not in part:
         status = {"absent": "not run", "wrong": "WRONG, not timed", "failed": "FAILED"}
-        return f"  {name:24}{status[part['status']]}: {part['reason']}"
+        return f"  {name:{width}}{status[part['status']]}: {part['reason']}"
     s = part["seconds"]
     spread = f"[{shown(s['p20'])}, {shown(s['p80'])}]"
-    text = f"  {name:24}{shown(s['p50']):>11}  {spread:<21}"
+    text = f"  {name:{width}}{shown(s['p50']):>11}  {spread:<21}"
     if "percent_of_ceiling" in part:
         text += f"{three(part['bytes_per_second'] / 1e9):>8}"
         text += f"{three(part['flops_per_second'] / 1e9):>10}"

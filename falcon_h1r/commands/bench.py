@@ -195,8 +195,11 @@ def _ops(args: argparse.Namespace, device):
         own = [case for case in cases if case.op == one.op]
         if not own:
             raise ValueError(f"--impl {one.name}: no case of {one.op} is among what is measured")
-        for case in own:
-            check_signature(one, case)
+        try:
+            for case in own:
+                check_signature(one, case)
+        except ValueError as error:
+            raise ValueError(f"--impl {error}") from None
     if args.tune:
         return lambda session: sum(tune.run(case, session) for case in cases)
     return lambda session: operator_bench.run(cases, replace(session, user=user))

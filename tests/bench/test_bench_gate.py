@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench.tiny_bench import BUDGET, CPU, TWO_GROUPS, FakeClock, tiny_cases, tiny_session
 
-from falcon_h1r.bench import contest, gate, implementations
+from falcon_h1r.bench import contest, gate, implementations, layer
 from falcon_h1r.bench.contest import Bound, Implementation
 from falcon_h1r.bench.implementations import away, contestants, ours
 from falcon_h1r.bench.operators import OPERATORS
@@ -175,6 +175,8 @@ def test_wrong_numbers_and_shapes_of_outputs_are_refused():
     assert gate.judge((y, state), truth).passed
     assert "1 outputs, expected 2" in gate.judge((y,), truth).reason
     assert "output 1 has shape" in gate.judge((y, state[:1]), truth).reason
+    assert "output 0 is torch.float64, expected" in gate.judge((y.double(), state), truth).reason
+    assert "output 1 is of type list, expected" in gate.judge((y, [state]), truth).reason
 
 
 def test_slack_widens_what_is_allowed():
@@ -261,6 +263,24 @@ def test_nobody_is_left_out_silently():
     assert list(reasons) == ["triton", "mamba_ssm", "flash-linear-attention"]
     assert reasons["triton"] == "needs a GPU" and all(reasons.values())
     assert list(away(CPU, ["swiglu"])) == ["triton"]
+
+
+def test_the_compiled_table_is_what_is_compiled(monkeypatch):
+    """Of an operator, and of a layer; of an operator of no table, its torch form."""
+    compiled = []
+    table = TORCH._replace(rms_norm=lambda *args, **named: TORCH.rms_norm(*args, **named))
+    monkeypatch.setattr(implementations, "COMPILED", table)
+    monkeypatch.setattr(layer, "COMPILED", table)
+    monkeypatch.setattr(torch, "compile", lambda form, **options: compiled.append(form) or form)
+    session = tiny_session(compiled=True)
+    for case in (only("rms_norm"), only("rms_norm_residual")):
+        inputs = case.inputs()
+        (one,) = (p for p in contestants(case, session) if p.name == "torch.compile")
+        bound = one.bind(inputs)
+        assert gate.judge(bound.outputs(bound.call()), gate.find_expected(case, inputs)).passed
+    assert compiled == [table.rms_norm, gate.torch_form(only("rms_norm_residual"))]
+    layer.run("t", TWO_GROUPS, [Workload("decode", 1, 1, 4)], torch.float32, session)
+    assert compiled[-1].feed_forward.ops is table
 
 
 def test_plain_attention_is_not_timed_where_it_would_fill_memory():

@@ -239,6 +239,46 @@ def test_the_picture(tmp_path):
         plot.roofline(records[:2], CEILINGS, CARD, path)
 
 
+def test_markers_tell_the_phases_and_a_legend_tells_the_markers(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: seen.append(figure))
+    timed = {"status": "timed", "bench": "ops", "op": "x", "implementation": "torch", "bytes": 10}
+    phases = {"prefill": "full", "resume": "left", "decode": "none"}
+    records = [
+        timed | {"phase": phase, "flops": 10 * n, "flops_per_second": 1e9 * n}
+        for n, phase in enumerate(phases, 1)
+    ]
+    plot.roofline(records, CEILINGS, CARD, tmp_path / "x.png")
+    (axes,) = seen[0].axes
+    dots = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    points = {line.get_ydata()[0]: line.get_fillstyle() for line in dots}
+    assert points == {1e9 * n: fill for n, fill in enumerate(phases.values(), 1)}
+    (legend,) = seen[0].legends
+    words = [text.get_text() for text in legend.get_texts()]
+    assert words == [
+        *("operator", "x", "implementation", "torch"),
+        *("phase", "prefill", "prefill behind a past", "decode"),
+    ]
+    fills = [handle.get_fillstyle() for handle in legend.legend_handles[-3:]]
+    assert fills == list(phases.values())
+    whole = [r | {"bench": "generate", "model": "m"} for r in records[:1]]
+    plot.roofline(whole, CEILINGS, CARD, tmp_path / "x.png")
+    assert [text.get_text() for text in seen[1].legends[0].get_texts()][:2] == ["model", "m"]
+
+
+def test_a_long_name_does_not_break_the_table():
+    lines, seconds = [], {"p20": 1.0, "p50": 1.0, "p80": 1.0}
+    rates = {"percent_of_ceiling": 1.0, "bytes_per_second": 1.0, "flops_per_second": 1.0}
+    part = {"status": "timed", "reason": "", "seconds": seconds, **rates}
+    names = ("torch", "a_package_with_a_long_name.kernels:my_scan")
+    report.Results(None, lines.append).table("title", {}, {name: dict(part) for name in names})
+    heading, *rows = lines[1:]
+    ends = [row.index("1.00 s") + len("1.00 s") for row in rows]
+    assert ends == [heading.index("median") + len("median")] * 2
+
+
 def test_without_matplotlib_the_command_that_helps_is_named(monkeypatch):
     assert find_spec("matplotlib")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
