@@ -22,7 +22,7 @@ from . import gate, peer_layer
 from .contest import Bound, Implementation
 from .implementations import COMPILED, NO_FLOAT64, kernels_away
 from .operators import CACHE_ROOM, OPERATORS, Cost, Draw, Size
-from .peers import import_error
+from .peers import TRANSFORMERS, import_error
 from .registry import Workload
 from .session import Session, Subject
 from .weights import excite
@@ -118,7 +118,7 @@ def contestants(
         served = model.dtype != torch.float64
         triton = ours("triton", ops.table("triton")) if served else None
         people.append(triton or Implementation("triton", None, NO_FLOAT64))
-    if not import_error(peer_layer.MODULE):
+    if not import_error(TRANSFORMERS):
         people.append(peer_layer.transformers_layer(model, LAYER_SLACK))
     return people
 
@@ -145,7 +145,7 @@ def run(
     """Measure one block of `config`; returns how many of our own forms were wrong or failed."""
     torch.manual_seed(session.seed)
     device, reasons = session.device, {"triton": kernels_away(session.device)}
-    reasons["transformers"] = import_error(peer_layer.MODULE)
+    reasons["transformers"] = import_error(TRANSFORMERS)
     session.results.absent({name: reason for name, reason in reasons.items() if reason})
     model = FalconH1ForCausalLM(block_config(config), ops=ops.TORCH, dtype=dtype, device=device)
     wrong = 0

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+TRANSFORMERS = "transformers.models.falcon_h1.modeling_falcon_h1"
 Adapter = Callable[[Any, dict[str, Any]], tuple[Callable, Callable]]
 
 
@@ -67,7 +68,7 @@ def _one(out: Tensor) -> tuple[Tensor, ...]:
 
 
 def _falcon_h1():
-    return importlib.import_module("transformers.models.falcon_h1.modeling_falcon_h1")
+    return importlib.import_module(TRANSFORMERS)
 
 
 def _torch_path(function: Callable) -> Callable:
@@ -256,7 +257,7 @@ def _ms_refuses(case) -> str:
 PEERS = (
     PeerPackage(
         "transformers",
-        "transformers.models.falcon_h1.modeling_falcon_h1",
+        TRANSFORMERS,
         {
             "rms_norm": _hf_rms_norm,
             "gated_rms_norm": _hf_gated_rms_norm,
