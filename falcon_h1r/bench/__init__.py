@@ -1,5 +1,5 @@
 """Microbenchmarks: operators, one layer, generation; each gated by a correctness check."""
 
-from .compare import Comparison, compare
+from .comparison import Comparison, compare
 
 __all__ = ["Comparison", "compare"]

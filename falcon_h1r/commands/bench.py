@@ -39,8 +39,9 @@ def add_to(commands) -> None:
         nargs="+",
         metavar="[OP=]MODULE:FUNCTION",
         default=[],
-        help="also this function of yours, called as the model calls operator OP; OP= may be left "
-        "out where --op names one operator. Without --op only these operators are measured",
+        help="also this function of a module in the current folder or an installed one, called as "
+        "the model calls operator OP; OP= may be left out where --op names one operator. Without "
+        "--op only these operators are measured",
     )
     ops.add_argument(
         "--sizes",

@@ -214,6 +214,19 @@ def test_speed_is_compared_with_torchs():
     assert [r["times_torch"] for r in out.records] == [0.5, 1.0, 4.0]
 
 
+def test_who_is_away_is_said_once_in_a_run():
+    lines = []
+    results = report.Results(None, lines.append)
+    results.absent({"a": "needs a GPU", "b": "not installed", "c": "needs a GPU"})
+    results.absent({"a": "needs a GPU", "b": "serves no float64"})
+    assert lines == [
+        "not run: a, c: needs a GPU",
+        "not run: b: not installed",
+        "not run: b: serves no float64",
+    ]
+    assert [r["implementation"] for r in results.records] == ["a", "b", "c", "b"]
+
+
 def test_a_case_without_memory_is_skipped_and_the_next_one_runs(tmp_path, monkeypatch):
     find = operator_bench.gate.find_expected
 

@@ -104,7 +104,7 @@ def test_a_sample_of_short_calls_is_the_mean_of_several():
 def test_what_prepares_a_call_is_not_timed():
     log = []
 
-    class Step:
+    class Prepared:
         def prepare(self):
             log.append("prepare")
 
@@ -119,7 +119,7 @@ def test_what_prepares_a_call_is_not_timed():
             return 0.03, 0.02
 
     budget = TimeBudget(seconds=0.1, least=1, most=1, warmup_calls=2, burst=0.07)
-    out = measure({"a": Step()}, Clock(), budget)["a"]
+    out = measure({"a": Prepared()}, Clock(), budget)["a"]
     once = ["prepare", "start", "call", "stop"]
     assert log == [*once, *once, "prepare", "start", "call", "call", "stop"]
     assert (out.p50, out.host) == pytest.approx((0.015, 0.01))
@@ -163,7 +163,7 @@ class FakeGpu:
         self.now, self.log = 0.0, []
         gpu = self
 
-        class Event:
+        class FakeEvent:
             def __init__(self, enable_timing):
                 assert enable_timing
 
@@ -174,7 +174,7 @@ class FakeGpu:
             def elapsed_time(self, end):
                 return (end.at - self.at) * 1e3
 
-        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.log.append("wait"))
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=l2)

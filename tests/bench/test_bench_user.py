@@ -1,14 +1,14 @@
 """A function of the user's own: gated and timed beside ours, from Python and the command line."""
 
 import json
+import sys
 
 import pytest
 import torch
 from bench.tiny_bench import CEILINGS, TWO_GROUPS, FakeClock, tiny_cases, tiny_session
 from tiny_cli import run
 
-from falcon_h1r.bench import compare, machine, operator_bench, user_operator
-from falcon_h1r.bench import compare as compare_function
+from falcon_h1r.bench import compare, comparison, machine, operator_bench, user_operator
 from falcon_h1r.bench.axes import AXES, parse, sized
 from falcon_h1r.bench.implementations import contestants
 from falcon_h1r.bench.operators import OPERATORS
@@ -81,9 +81,8 @@ WRONG = {
 @pytest.fixture(autouse=True)
 def _no_clock(monkeypatch):
     """Nothing here waits for a clock or for ceilings."""
-    module = __import__("sys").modules[compare_function.__module__]
-    monkeypatch.setattr(module, "clock_for", lambda device: FakeClock())
-    monkeypatch.setattr(module, "_ceilings", lambda device, dtype: CEILINGS)
+    monkeypatch.setattr(comparison, "clock_for", lambda device: FakeClock())
+    monkeypatch.setattr(comparison, "_ceilings", lambda device, dtype: CEILINGS)
 
 
 def tiny(function, **options):
@@ -227,7 +226,7 @@ def test_sizes_as_text_are_refused(text):
 def module(tmp_path, monkeypatch):
     """A module of the user's in the current folder, and the options of a short run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(machine, "CPU_SIZES", (2**12,))
     monkeypatch.setattr(machine, "CPU_MATRIX", 16)
     (tmp_path / "own_scan_of_a_test.py").write_text(
