@@ -11,8 +11,8 @@ import torch
 
 from ..config import FalconH1Config
 from . import contest, gate, operator_bench, peers
-from .axes import sized
-from .machine import Ceilings, measure_ceilings
+from .axes import parse, sized
+from .machine import Ceilings, find_device, measure_ceilings
 from .registry import select
 from .report import Results
 from .session import Session
@@ -55,7 +55,7 @@ class Comparison:
 def compare(
     op: str,
     function: Callable | Mapping[str, Callable],
-    sizes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, int] | str | None = None,
     *,
     model: str | FalconH1Config = "falcon-h1r-7b",
     dtype: torch.dtype | str = torch.bfloat16,
@@ -66,24 +66,23 @@ def compare(
 ) -> Comparison:
     """Hold `function` against float64, and time it in turns with ours and the installed peers.
 
-        compare("ssd_scan", my_scan, {"l": 777, "h": 4, "p": 64})
+        compare("ssd_scan", my_scan, "l=777,h=4,p=64")
 
     op: an operator of the registry, such as "ssd_scan". function: called as the model calls that
     operator, with REFERENCE's signature; or several by name. sizes: of the operator's axes by their
-    letters (`axes.AXES`), otherwise those of `model`, a preset or a config. device: a GPU where
-    there is one, unless given. seconds: of timing, for
-    each implementation. compiled: also torch.compile of ours. One who does not pass is not timed.
-    Raises ValueError for an unknown operator, axis or preset, and for a function that cannot take
+    letters (`axes.AXES`), as text or as a mapping; the others are those of `model`, a preset or a
+    config. device: by default a GPU where there is one. seconds: of timing, for each
+    implementation. compiled: also torch.compile of ours. Nobody who does not pass is timed. Raises
+    ValueError for an unknown operator, axis, preset or device, and for a function that cannot take
     the operator's arguments.
     """
-    if op not in {operator.name for operator in select([op])}:
-        raise ValueError(f"{op!r} has several operators; take one of them")
+    select([op])
     named = dict(function) if isinstance(function, Mapping) else {_name(function): function}
     config = model if isinstance(model, FalconH1Config) else FalconH1Config.preset(model)
     shape = "a config" if isinstance(model, FalconH1Config) else model
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = _dtype(dtype)
-    case = sized(op, sizes or {}, shape, config, dtype)
+    device, dtype = find_device(device), _dtype(dtype)
+    sizes = parse(sizes) if isinstance(sizes, str) else sizes or {}
+    case = sized(op, sizes, shape, config, dtype)
     user = tuple(UserOperator(op, name, one) for name, one in named.items())
     for one in user:
         if one.name in _TAKEN:

@@ -33,6 +33,28 @@ _GPU_FIELDS = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem
 _GPU_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "utilization.gpu")
 
 
+def find_device(name: torch.device | str | None, option: str = "device") -> torch.device:
+    """The device of this name, made the current one; None: a GPU where there is one.
+
+    option: for messages. Raises ValueError for a device that is neither a CPU nor a GPU of this
+    machine.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{option} is {str(name)!r}, expected cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"{option} {name}: torch sees {count} GPUs")
+        torch.cuda.set_device(device.index or 0)
+    return device
+
+
 def card(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on, as plain JSON values; what cannot be read is left out."""
     now = datetime.datetime.now(datetime.timezone.utc)

@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bench import machine, report, session, timing
     from ..bench.plot import has_matplotlib, roofline
 
-    device = bench_setup.find_device(args.device)
+    device = machine.find_device(args.device, "--device")
     work = {"ops": _ops, "layer": _layer, "generate": _generate}[args.bench](args, device)
     _check_picture(args.plot)
     budget = bench_setup.find_budget(args)

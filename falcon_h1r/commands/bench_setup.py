@@ -12,25 +12,6 @@ from .user_code import load_object
 FAMILY = "family"
 
 
-def find_device(name: str | None):
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}, expected cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ValueError(f"--device {name}: torch sees {count} GPUs")
-        torch.cuda.set_device(device.index or 0)
-    return device
-
-
 def find_workloads(args: argparse.Namespace, device) -> list:
     from ..bench.registry import CPU_WORKLOADS, GPU_WORKLOADS, QUICK_WORKLOADS
 

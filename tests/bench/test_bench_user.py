@@ -87,7 +87,7 @@ def _no_clock(monkeypatch):
 
 def tiny(function, **options):
     options = {"model": TWO_GROUPS, "dtype": "float32", "device": "cpu"} | options
-    return compare("ssd_scan", function, SCAN, **options)
+    return compare("ssd_scan", function, **({"sizes": SCAN} | options))
 
 
 def test_compare_gives_values_and_prints_a_table():
@@ -119,8 +119,9 @@ def test_a_function_that_is_wrong_is_reported_and_not_timed(function):
     assert found.errors["transformers"] < 1e-5, "its inputs were left, or put back, as they were"
 
 
-def test_lists_serve_as_tuples():
-    assert tiny(lambda *a, **o: list(my_scan(*a, **o))).wrong == {}
+def test_lists_serve_as_tuples_and_text_as_sizes():
+    found = tiny(lambda *a, **o: list(my_scan(*a, **o)), sizes="l=7,h=2")
+    assert found.wrong == {} and " with h=2 prefill 1x7 " in found.text
 
 
 def test_what_is_updated_in_place_is_a_private_copy():
@@ -163,6 +164,9 @@ def test_every_operator_is_called_as_the_model_calls_it(op):
             {"dtype": "int8"},
             "dtype is 'int8', expected one of: float64",
         ),
+        ("ssd_scan", my_scan, {"device": "tpu"}, "device is 'tpu', expected cpu, cuda or cuda:N"),
+        ("ssd_scan", my_scan, {"device": "cuda:99"}, "device cuda:99: torch sees "),
+        ("ssd_scan", my_scan, {"sizes": "l"}, "sizes are 'l', expected AXIS=N"),
         ("ssd_scan", my_scan, {"seconds": 0}, "seconds is 0, expected a number above 0"),
         ("attention", few, {"sizes": {"l": 9, "s": 4}}, "s, the keys, are fewer than l = 9 tokens"),
         ("causal_conv1d", few, {"sizes": {"c": 2}}, "c is 2, expected 3 or more"),
@@ -171,7 +175,7 @@ def test_every_operator_is_called_as_the_model_calls_it(op):
 )
 def test_compare_refuses(op, function, options, message):
     with pytest.raises(ValueError) as caught:
-        compare(op, function, device="cpu", **options)
+        compare(op, function, **({"device": "cpu"} | options))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
