@@ -41,8 +41,8 @@ def kernels_away(device: torch.device) -> str:
         return "needs a GPU"
     try:
         ops.table("triton")
-    except ImportError as error:
-        return f"cannot be imported: {error}"
+    except ValueError as error:  # Triton or the kernels are missing
+        return str(error)
     return ""
 
 
