@@ -15,7 +15,7 @@ from typing import Any
 
 from .machine import Ceilings, checkout, short_name
 
-FORMAT = 1
+FORMAT = 2  # 1 repeated in every case who is away
 _COLUMNS = f"{'median':>11}  {'[p20, p80]':<21}{'GB/s':>8}{'GFLOP/s':>10}{'ceiling':>9}"
 _NAME = 24  # the least width of the column of names
 
