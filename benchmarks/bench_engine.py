@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     from falcon_h1r.bench import machine, report
 
     card = machine.card(torch.device("cpu"))
-    with report.Report(args.out or report.default_path(card), print) as out:
+    with report.Results(args.out or report.default_path(card), print) as out:
         out.add({"record": "machine", "format": report.FORMAT, **card})
         for part, work in (("steps", steps), ("crowd", crowd), ("memory", memories)):
             if part in args.parts:
@@ -165,7 +165,7 @@ def steps(args: argparse.Namespace):
                     engine.step()
                 engines[dtype, form, rows], calls[dtype, form, rows] = engine, engine.step
     most = MOST_STEPS - 2 * WARM_STEPS
-    budget = timing.Budget(args.seconds, most=most, warmup_calls=WARM_STEPS)
+    budget = timing.TimeBudget(args.seconds, most=most, warmup_calls=WARM_STEPS)
     for engine in engines.values():
         for taken in engine.took.values():
             taken.clear()

@@ -73,13 +73,10 @@ def test_llama_cpp_gives_our_logits_at_90m():
     assert ours < 2 * prefill and max(prefill, decode) < FLOAT32_BOUND
 
 
-def test_timings_and_refusals_of_the_peer():
+def test_refusals_of_the_peer():
     model = case_model("h1r_like")
     peer = llama_peer.LlamaPeer(model, max_length=256, max_sequences=2, threads=1)
     try:
-        assert peer.prefill([1] * 10) > 0
-        seconds = peer.decode_after(5, 2, 3)
-        assert len(seconds) == 3 and min(seconds) > 0
         with pytest.raises(RuntimeError, match="does not decode 300 tokens"):
             peer.read([1] * 300)
     finally:

@@ -22,7 +22,7 @@ from falcon_h1r.config import FalconH1Config  # noqa: E402
 MODEL = "falcon-h1r-7b"
 
 
-class Case(NamedTuple):
+class KernelCall(NamedTuple):
     """One call of one public function, to be made under every configuration of its table.
 
     `calls`: (module, function, table of configurations) below falcon_h1r_kernels, a table of
@@ -74,7 +74,7 @@ class Case(NamedTuple):
 
     def launch(self, dtype: torch.dtype, config: str) -> None:
         """Make the call with tensors that have no memory."""
-        self.call(self.inputs(self.size(dtype), Shapes()), config)
+        self.call(self.inputs(self.size(dtype), Draw(0, "meta")), config)
 
 
 class Direct(NamedTuple):
@@ -85,19 +85,6 @@ class Direct(NamedTuple):
     table: tuple
     launch: Callable[[torch.dtype, str], Any]
     options: str = ""
-
-
-class Shapes(Draw):
-    """The registry's `Draw` without memory and without values."""
-
-    def __init__(self):
-        self.device = torch.device("meta")
-
-    def normal(self, *shape, dtype, scale=1.0):
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def uniform(self, *shape, low, high, dtype):
-        return torch.empty(shape, dtype=dtype, device=self.device)
 
 
 def tensor(*shape, dtype=torch.float32):
@@ -159,43 +146,45 @@ _PACKED = "documents, dt bias, softplus and limits, no initial state"
 _CONV, _STEP = ("conv1d", "causal_conv1d"), ("conv1d_step", "causal_conv1d_step")
 
 CASES = [
-    Case("rms_norm", _family("rms_norm"), "rms_norm_residual"),
-    Case("rms_norm", _family("rms_norm"), "rms_norm", _DECODE, "tiny-90m"),
-    Case("gated_rms_norm", _family("gated_rms_norm"), "gated_rms_norm"),
-    Case("gated_rms_norm", _family("gated_rms_norm"), "gated_rms_norm", model="falcon-h1-34b"),
-    Case(
+    KernelCall("rms_norm", _family("rms_norm"), "rms_norm_residual"),
+    KernelCall("rms_norm", _family("rms_norm"), "rms_norm", _DECODE, "tiny-90m"),
+    KernelCall("gated_rms_norm", _family("gated_rms_norm"), "gated_rms_norm"),
+    KernelCall(
+        "gated_rms_norm", _family("gated_rms_norm"), "gated_rms_norm", model="falcon-h1-34b"
+    ),
+    KernelCall(
         "gated_rms_norm",
         _family("gated_rms_norm"),
         "gated_rms_norm",
         adapt=lambda inputs: inputs | {"norm_before_gate": True, "n_groups": 2},
         options="norm before gate, 2 groups",
     ),
-    Case(
+    KernelCall(
         "gated_rms_norm",
         _family("gated_rms_norm"),
         "gated_rms_norm",
         adapt=lambda inputs: inputs | {"weight_d": None},
         options="no weight",
     ),
-    Case("rope", _family("rope"), "rope"),
-    Case("rope", _family("rope"), "rope_key", _DECODE),
-    Case("swiglu", _family("swiglu"), "swiglu"),
-    Case("swiglu", _family("swiglu"), "swiglu", _DECODE),
-    Case("causal_conv1d", (*_CONV, "CONFIGS"), "causal_conv1d"),
-    Case(
+    KernelCall("rope", _family("rope"), "rope"),
+    KernelCall("rope", _family("rope"), "rope_key", _DECODE),
+    KernelCall("swiglu", _family("swiglu"), "swiglu"),
+    KernelCall("swiglu", _family("swiglu"), "swiglu", _DECODE),
+    KernelCall("causal_conv1d", (*_CONV, "CONFIGS"), "causal_conv1d"),
+    KernelCall(
         "causal_conv1d",
         (*_CONV, "CONFIGS"),
         "causal_conv1d",
         adapt=_packed_conv,
         options="documents, lengths, no initial window",
     ),
-    Case("causal_conv1d_step", (*_STEP, "CONFIGS"), "causal_conv1d_step", _DECODE),
-    Case("ssd_fused", _FUSED, "ssd_scan", adapt=_form("fused")),
-    Case("ssd_fused", _FUSED, "ssd_scan", model="falcon-h1-0.5b", adapt=_form("fused")),
-    Case("ssd_fused", _FUSED, "ssd_scan", adapt=_packed_scan("fused"), options=_PACKED),
-    Case("ssd_staged", _STAGED, "ssd_scan", adapt=_form("staged")),
-    Case("ssd_staged", _STAGED, "ssd_scan", adapt=_packed_scan("staged"), options=_PACKED),
-    Case(
+    KernelCall("causal_conv1d_step", (*_STEP, "CONFIGS"), "causal_conv1d_step", _DECODE),
+    KernelCall("ssd_fused", _FUSED, "ssd_scan", adapt=_form("fused")),
+    KernelCall("ssd_fused", _FUSED, "ssd_scan", model="falcon-h1-0.5b", adapt=_form("fused")),
+    KernelCall("ssd_fused", _FUSED, "ssd_scan", adapt=_packed_scan("fused"), options=_PACKED),
+    KernelCall("ssd_staged", _STAGED, "ssd_scan", adapt=_form("staged")),
+    KernelCall("ssd_staged", _STAGED, "ssd_scan", adapt=_packed_scan("staged"), options=_PACKED),
+    KernelCall(
         "ssd_staged",
         _STAGED,
         "ssd_scan",
@@ -203,9 +192,8 @@ CASES = [
         adapt=_packed_scan("staged"),
         options=_PACKED,
     ),
-    Case("ssd_step", _family("ssd_step"), "ssd_step", _DECODE),
-    Case("ssd_step_norm", _family("ssd_step_norm"), "ssd_step_norm", _DECODE),
-    Case(
+    KernelCall("ssd_step", _family("ssd_step"), "ssd_step", _DECODE),
+    KernelCall(
         "ssd_step",
         _family("ssd_step"),
         "ssd_step",
@@ -213,15 +201,15 @@ CASES = [
         adapt=_gated_step,
         options="z, dt bias, softplus and limits, state in x's dtype",
     ),
-    Case(
+    KernelCall(
         "conv_ssd_step",
         ("conv_ssd_step", "conv_ssd_step", "ssd_step.CONFIGS"),
         "conv_ssd_step",
         _DECODE,
     ),
-    Case("attention", _family("attention"), "attention"),
-    Case("attention", _family("attention"), "attention", model="falcon-h1-0.5b"),
-    Case(
+    KernelCall("attention", _family("attention"), "attention"),
+    KernelCall("attention", _family("attention"), "attention", model="falcon-h1-0.5b"),
+    KernelCall(
         "attention",
         _family("attention"),
         "attention",
@@ -229,20 +217,20 @@ CASES = [
         adapt=_past,
         options="offset, start and lengths of the keys",
     ),
-    Case(
+    KernelCall(
         "attention",
         _family("attention"),
         "attention",
         adapt=_packed_attention,
         options="documents",
     ),
-    Case("decode_attention", _family("decode_attention"), "decode_attention_ragged", _DECODE),
-    Case(
+    KernelCall("decode_attention", _family("decode_attention"), "decode_attention_ragged", _DECODE),
+    KernelCall(
         "decode_attention",
         _family("decode_attention"),
         "decode_attention",
         _DECODE,
         options="no lengths",
     ),
-    Case("logprob", _family("logprob"), "logprob", _DECODE),
+    KernelCall("logprob", _family("logprob"), "logprob", _DECODE),
 ]

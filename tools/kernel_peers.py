@@ -11,6 +11,8 @@ import sys
 import types
 from pathlib import Path
 
+from kernel_sass import density
+
 # Their kernel: the kernels of ours that do its work.
 PAIRS = {
     "_chunk_cumsum_fwd_kernel": ("_chunk_cumsum_kernel",),
@@ -30,7 +32,6 @@ def compile_peers(checkout: Path) -> dict:
     import kernel_compile
     import torch
     from kernel_inspect import facts
-    from kernel_render import density
 
     # An empty package in place of theirs, whose __init__ asks for compiled extensions.
     package = types.ModuleType("mamba_ssm")

@@ -22,12 +22,6 @@ def loop_figures(loop: dict) -> str:
     return "/".join(map(str, (*parts, loop["barriers"], loop["local"])))
 
 
-def density(loop: dict) -> str:
-    """Instructions per 1000 FLOPs of matrix products, per warp; "-" where not known."""
-    flops = sum(kernel_sass.mma_flops(kind) * n for kind, n in loop["mma"].items())
-    return f"{1000 * loop['instructions'] / flops:.2f}" if flops else "-"
-
-
 def show(row: dict) -> str:
     """One compiled kernel for a terminal."""
     where = f"{row['case']} [{row['shape']}] {row['dtype']} {row['config']} on {row['target']}"
@@ -60,7 +54,7 @@ def show(row: dict) -> str:
             f"  loop: instructions {loop['instructions']}  MMA {kinds(loop['mma'])}"
             f"  FMA {loop['fma']}  MUFU {loop['mufu']}  barriers {loop['barriers']}"
             f"  LDL/STL {loop['local']}  {_memory(loop)}"
-            f"  instructions per MMA kFLOP {density(loop)}"
+            f"  instructions per MMA kFLOP {kernel_sass.density(loop)}"
         )
     lines += [f"  BREAKS {rule}: {text}" for rule, text in kernel_rules.broken(row).items()]
     return "\n".join(lines)
@@ -160,7 +154,7 @@ def _nvidia_cells(row):
         code["barriers"],
         code["local"],
         "; ".join(map(loop_figures, hot)) or "-",
-        "; ".join(map(density, hot)) or "-",
+        "; ".join(map(kernel_sass.density, hot)) or "-",
     )
 
 

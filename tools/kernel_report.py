@@ -35,7 +35,7 @@ def build(names, targets, workers=2, defaults=()) -> dict:
     """The report: versions, one row per binary, traffic per call, floors. No clock in it."""
     import torch
     import triton
-    from kernel_launches import CASES, Case
+    from kernel_launches import CASES, KernelCall
 
     counting = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("kernel_traffic.py"), *(names or ())],
@@ -47,7 +47,7 @@ def build(names, targets, workers=2, defaults=()) -> dict:
         row.pop("seconds", None)
     floors = []
     for case in CASES:
-        if isinstance(case, Case) and not case.options and (not names or case.name in names):
+        if isinstance(case, KernelCall) and not case.options and (not names or case.name in names):
             cost = case.cost(torch.bfloat16)
             us = [max(cost.bytes / m.bandwidth, cost.flops / m.flops) for m in MACHINES.values()]
             named = {"case": case.name, "shape": case.shape, "us": [round(1e6 * t, 2) for t in us]}

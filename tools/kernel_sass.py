@@ -178,6 +178,15 @@ def count(code: list[Instruction]) -> Count:
     )
 
 
+def density(loop: dict) -> str:
+    """Instructions per 1000 FLOPs of matrix products, per warp; "-" where not known.
+
+    loop: a `Count` as a dictionary.
+    """
+    flops = sum(mma_flops(kind) * n for kind, n in loop["mma"].items())
+    return f"{1000 * loop['instructions'] / flops:.2f}" if flops else "-"
+
+
 def hot_loops(code: list[Instruction]) -> list[Count]:
     """Innermost loops with the kernel's work, largest first.
 

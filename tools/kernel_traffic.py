@@ -34,7 +34,6 @@ PLACES = {
     "ssd_fused": (1, 512, 0),
     "ssd_step": (4, 1, 255),
     "conv_ssd_step": (4, 1, 255),
-    "ssd_step_norm": (4, 1, 255),
     "logprob": (2, 1, 255),
     "attention": (1, 512, 0),
     "decode_attention": (4, 1, 1023),
@@ -45,7 +44,6 @@ FEW_HEADS = (
     "ssd_fused",
     "ssd_step",
     "conv_ssd_step",
-    "ssd_step_norm",
     "attention",
     "decode_attention",
 )

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import gate, timing
-from .implementations import Implementation
 from .machine import Ceilings
-from .operators import Cost
+from .sizes import Cost
+
+
+class Bound(NamedTuple):
+    """A call with its inputs in place, and its results in the registry's layout.
+
+    call: what is timed. outputs: what `call` returned -> the outputs that `Case.call` gives.
+    """
+
+    call: Callable[[], Any]
+    outputs: Callable[[Any], tuple[Tensor, ...]]
+
+
+class Implementation(NamedTuple):
+    """bind(inputs) -> `Bound`, or None with the reason. slack: see `gate.judge`."""
+
+    name: str
+    bind: Callable[[dict[str, Any]], Bound] | None
+    reason: str = ""
+    slack: float = 1.0
 
 
 def run(
     implementations: Sequence[Implementation],
     inputs: dict[str, Any],
-    truth: gate.Truth,
+    expected: gate.Expected,
     clock,
-    budget: timing.Budget,
+    budget: timing.TimeBudget,
 ) -> dict[str, dict[str, Any]]:
     """Gate everyone and time those who pass.
 
@@ -35,23 +54,35 @@ def run(
         try:
             with torch.no_grad():
                 bound = one.bind(inputs)
-                verdict = gate.judge(bound.outputs(bound.call()), truth, one.slack)
+                verdict = gate.judge(bound.outputs(bound.call()), expected, one.slack)
         except Exception as error:  # anybody's code: an error is a result, the others go on
             if out_of_memory(error):
                 out[one.name] = {"status": "absent", "reason": "out of memory"}
             else:
                 out[one.name] = {"status": "failed", "reason": describe(error)}
             continue
-        checked = verdict._asdict() | {"slack": one.slack}
-        passed, reason = checked.pop("passed"), checked.pop("reason")
-        out[one.name] = {"status": "timed" if passed else "wrong", "reason": reason}
-        out[one.name]["gate"] = {k: v for k, v in checked.items() if v < float("inf")}
-        if passed:
+        out[one.name] = verdict_part(verdict)
+        out[one.name]["gate"]["slack"] = one.slack
+        if verdict.passed:
             calls[one.name] = bound.call
     with torch.no_grad():
         for name, taken in timing.measure(calls, clock, budget).items():
             out[name] |= times(taken)
     return out
+
+
+def verdict_part(verdict: gate.GateResult) -> dict[str, Any]:
+    """The part of a record that the gate fills; "timed" is what it lets happen next."""
+    checked = verdict._asdict()
+    passed, reason = checked.pop("passed"), checked.pop("reason")
+    kept = {name: value for name, value in checked.items() if value < float("inf")}
+    return {"status": "timed" if passed else "wrong", "reason": reason, "gate": kept}
+
+
+def faulty(parts: dict[str, dict[str, Any]], peers: Sequence[str]) -> set[str]:
+    """Names of those who are wrong or failed, `peers` left aside: their faults are not ours."""
+    bad = {name for name, part in parts.items() if part["status"] in ("wrong", "failed")}
+    return bad - set(peers)
 
 
 def times(taken: timing.Timing) -> dict[str, Any]:

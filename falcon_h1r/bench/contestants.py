@@ -21,6 +21,7 @@ from ..cpu.onednn import unusable, use_onednn
 from ..generation.graph import DecodeStep
 from ..model import FalconH1ForCausalLM
 from . import gate, layer, llama_model, peer_model
+from .implementations import NO_FLOAT64, kernels_away
 from .registry import Workload
 
 GRAPH = ", graph"  # steps captured as a CUDA graph
@@ -43,15 +44,14 @@ class Contestant(NamedTuple):
     judge(exact, ids): whether it gives `exact`, (b, vocab), as the logits behind ids (b, l).
     bind(workload, ids, cache): the call that is timed, with the attributes that it needs of these:
     `prepare`, called before each sample outside the time, `close`, called at the end, and
-    `settings`, text for the record. absent: why it does not take part, or "". refuses(workload):
-    why not in this one, or anything false. extra(workload): bytes that it takes beyond our weights
+    `settings`, text for the record. refuses(workload): why it does not take part in this one, or
+    anything false. extra(workload): bytes that it takes beyond our weights
     and the one cache.
     """
 
     name: str
-    judge: Callable[[Tensor, Tensor], gate.Verdict] | None = None
+    judge: Callable[[Tensor, Tensor], gate.GateResult] | None = None
     bind: Callable[[Workload, Tensor, Cache], Callable[[], Any]] | None = None
-    absent: str = ""
     phases: tuple[str, ...] = ("prefill", "resume", "decode")
     refuses: Callable[[Workload], Any] = _nothing
     extra: Callable[[Workload], int] = _nothing
@@ -73,14 +73,16 @@ def select(only: Sequence[str], skip: Sequence[str], peers: bool) -> list[str]:
     return found
 
 
-def gather(model: FalconH1ForCausalLM, names: Sequence[str]) -> dict[str, Contestant]:
-    """The contestants of these names, in the order in which they are run."""
-    found = {}
+def gather(
+    model: FalconH1ForCausalLM, names: Sequence[str]
+) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """The contestants of these names, in the order in which they are run; who is away, and why."""
+    people, away = {}, {}
     for name, make in (*ours(model), *peers(model)):
         if name in names:
             one = make()
-            found[name] = Contestant(name, absent=one) if isinstance(one, str) else one
-    return found
+            (away if isinstance(one, str) else people)[name] = one
+    return people, away
 
 
 def ours(model: FalconH1ForCausalLM) -> Iterator[tuple[str, Callable[[], Contestant | str]]]:
@@ -133,7 +135,7 @@ def _compiled(model: FalconH1ForCausalLM) -> Contestant | str:
     return Contestant(COMPILED, judge, partial(_compiled_call, streamed))
 
 
-def _judge_compiled(model, streamed, exact: Tensor, ids: Tensor) -> gate.Verdict:
+def _judge_compiled(model, streamed, exact: Tensor, ids: Tensor) -> gate.GateResult:
     """Steps behind the prompt as others take them, and the prompt twice in one compiled prefill,
     which needs more tokens than a chunk of the scan has."""
     twice = ids.repeat(1, 2)
@@ -152,7 +154,7 @@ def _int8(model: FalconH1ForCausalLM) -> Contestant | str:
     return Contestant(INT8, judge, partial(make_step, other))
 
 
-def _judge_int8(model, other, exact: Tensor, ids: Tensor) -> gate.Verdict:
+def _judge_int8(model, other, exact: Tensor, ids: Tensor) -> gate.GateResult:
     """Layer by layer: through a whole model of random weights one per cent grows to half."""
     found, expected = [], []
     for name, linear in model.named_modules():
@@ -163,7 +165,7 @@ def _judge_int8(model, other, exact: Tensor, ids: Tensor) -> gate.Verdict:
             found.append((other.get_submodule(name)(x).double() / y.norm()).flatten())
             expected.append((y / y.norm()).flatten())
     allowed = (INT8_ERROR, INT8_ERROR)
-    return gate.judge([torch.cat(found)], gate.Truth((torch.cat(expected),), (allowed,)))
+    return gate.judge([torch.cat(found)], gate.Expected((torch.cat(expected),), (allowed,)))
 
 
 def _compiled_call(model: FalconH1ForCausalLM, workload: Workload, ids: Tensor, cache: Cache):
@@ -219,29 +221,19 @@ def _llama(model: FalconH1ForCausalLM) -> Contestant | str:
 
 def tables(device: torch.device, dtype: torch.dtype) -> dict[str, ops.Ops | str]:
     """The operator tables by name, or why one is not run."""
-    if device.type != "cuda":
-        triton: ops.Ops | str = "needs a GPU (its interpreter is no benchmark)"
-    elif dtype == torch.float64:
-        triton = "the kernels do not serve float64"
-    else:
-        try:
-            triton = ops.table("triton")
-        except ImportError as error:
-            triton = f"cannot be imported: {error}"
+    reason = kernels_away(device) or (NO_FLOAT64 if dtype == torch.float64 else "")
+    triton = reason or ops.table("triton")
     return {"reference": ops.REFERENCE, "torch": ops.TORCH, "triton": triton}
 
 
-def check(model: FalconH1ForCausalLM, exact: Tensor, ids: Tensor, extra: float = 0) -> gate.Verdict:
-    """The gate for one table: prefill and step against `exact`, (b, vocab) of the whole prompt.
-
-    extra: as in `verdict`.
-    """
+def check(model: FalconH1ForCausalLM, exact: Tensor, ids: Tensor) -> gate.GateResult:
+    """The gate for one table: prefill and step against `exact`, (b, vocab) of the whole prompt."""
     cache = model.new_cache(*ids.shape)
     model(ids[:, :-1], cache=cache, logits_to_keep=1)
     return verdict(model, model(ids[:, -1:], cache=cache)[:, -1], exact)
 
 
-def check_graph(model: FalconH1ForCausalLM, exact: Tensor, ids: Tensor) -> gate.Verdict:
+def check_graph(model: FalconH1ForCausalLM, exact: Tensor, ids: Tensor) -> gate.GateResult:
     """As `check`, with the last two tokens as steps of a graph: what is compiled, and a replay."""
     return verdict(model, last_of_two_steps(model, ids, DecodeStep), exact)
 
@@ -257,7 +249,7 @@ def last_of_two_steps(model: FalconH1ForCausalLM, ids: Tensor, form) -> Tensor:
 
 def verdict(
     model: FalconH1ForCausalLM, found: Tensor, exact: Tensor, slack: float = 1, extra: float = 0
-) -> gate.Verdict:
+) -> gate.GateResult:
     """The rule for logits; extra: relative error allowed per layer for roundings of another kind.
 
     Errors of layers add up as the root of their number.
@@ -265,7 +257,7 @@ def verdict(
     roundoffs = slack * gate.SLACK[model.dtype] * SLACK
     allowed = roundoffs * gate.ROUNDOFF[model.dtype] + extra
     allowed *= math.sqrt(model.config.num_hidden_layers)
-    return gate.judge([found], gate.Truth((exact.double(),), ((allowed, allowed),)))
+    return gate.judge([found], gate.Expected((exact.double(),), ((allowed, allowed),)))
 
 
 def make_step(model: FalconH1ForCausalLM, workload: Workload, ids: Tensor, cache: Cache):

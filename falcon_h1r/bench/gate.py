@@ -34,7 +34,7 @@ LOOP_TOKENS = 64  # the scan's Python loop is run up to here
 BLOCK_BYTES = 2**28  # of scores in one block of the attention's truth
 
 
-class Verdict(NamedTuple):
+class GateResult(NamedTuple):
     """The gate's decision. Errors are relative: to the rms, and to the largest element."""
 
     passed: bool
@@ -45,11 +45,15 @@ class Verdict(NamedTuple):
     reason: str
 
 
-class Truth(NamedTuple):
-    """Float64 outputs of a case, and how far off a correct implementation may be, per output."""
+class Expected(NamedTuple):
+    """Float64 outputs of a case, and how far off a correct implementation may be, per output.
+
+    dtypes: of the outputs, where they matter.
+    """
 
     outputs: tuple[Tensor, ...]
     allowed: tuple[tuple[float, float], ...]
+    dtypes: tuple[torch.dtype, ...] = ()
 
 
 def reference(case: Case):
@@ -78,7 +82,7 @@ def oracle(case: Case, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     return case.call(torch_form(case) if is_slow_loop(case) else reference(case), inputs)
 
 
-def find_truth(case: Case, inputs: dict[str, Any]) -> Truth:
+def find_expected(case: Case, inputs: dict[str, Any]) -> Expected:
     """Compute the float64 outputs of a case, and the yardstick's errors."""
     double = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -98,23 +102,30 @@ def find_truth(case: Case, inputs: dict[str, Any]) -> Truth:
     for found, exact in zip(yardstick, outputs):
         rms, worst = errors(found, exact)
         allowed.append((max(2 * rms, floor), max(2 * worst, floor)))
-    return Truth(outputs, tuple(allowed))
+    return Expected(outputs, tuple(allowed), tuple(found.dtype for found in yardstick))
 
 
-def judge(found: Sequence[Tensor], truth: Truth, slack: float = 1.0) -> Verdict:
-    """Hold outputs against the truth.
+def judge(found: Sequence[Tensor], expected: Expected, slack: float = 1.0) -> GateResult:
+    """Hold outputs against what is expected.
 
-    slack: factor on what is allowed, for peers that state a reason (`peers.Peer.slack`).
-    The verdict carries the errors of the output that comes closest to its bound, or passes it most.
+    slack: factor on what is allowed, for peers that state a reason (`peers.PeerPackage.slack`).
+    The result carries the errors of the output that comes closest to its bound, or passes it most.
     """
-    if len(found) != len(truth.outputs):
-        return _refused(f"{len(found)} outputs, expected {len(truth.outputs)}")
+    for index, tensor in enumerate(found):
+        if not isinstance(tensor, Tensor):
+            return _refused(f"output {index} is of type {type(tensor).__name__}, expected a tensor")
+    if len(found) != len(expected.outputs):
+        return _refused(f"{len(found)} outputs, expected {len(expected.outputs)}")
     tightest, share = None, -1.0
-    for index, (tensor, exact, allowed) in enumerate(zip(found, truth.outputs, truth.allowed)):
+    for index, (tensor, exact, allowed) in enumerate(
+        zip(found, expected.outputs, expected.allowed)
+    ):
         if tensor.shape != exact.shape:
             return _refused(
                 f"output {index} has shape {tuple(tensor.shape)}, expected {tuple(exact.shape)}"
             )
+        if expected.dtypes and tensor.dtype != expected.dtypes[index]:
+            return _refused(f"output {index} is {tensor.dtype}, expected {expected.dtypes[index]}")
         if not torch.isfinite(tensor).all():
             return _refused(f"output {index} is not finite")
         rms, worst = errors(tensor, exact)
@@ -122,7 +133,7 @@ def judge(found: Sequence[Tensor], truth: Truth, slack: float = 1.0) -> Verdict:
         use = max(rms / rms_allowed, worst / worst_allowed)
         if use > share:
             reason = "" if use <= 1 else f"output {index} is {use:.3g} times as far off as allowed"
-            tightest = Verdict(use <= 1, rms, worst, rms_allowed, worst_allowed, reason)
+            tightest = GateResult(use <= 1, rms, worst, rms_allowed, worst_allowed, reason)
             share = use
     return tightest
 
@@ -136,8 +147,8 @@ def errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
     return rms, float(difference.abs().max() / largest)
 
 
-def _refused(reason: str) -> Verdict:
-    return Verdict(False, float("inf"), float("inf"), 0.0, 0.0, reason)
+def _refused(reason: str) -> GateResult:
+    return GateResult(False, float("inf"), float("inf"), 0.0, 0.0, reason)
 
 
 def _attention_in_blocks(case: Case, inputs: dict[str, Any]) -> Tensor:

@@ -15,7 +15,6 @@ SLACK x sqrt(layers) roundoffs. Who takes part: `contestants.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,10 +27,9 @@ from ..config import FalconH1Config
 from ..model import FalconH1ForCausalLM
 from . import contest, contestants, layer, machine, timing
 from .contestants import Contestant
-from .machine import Ceilings
 from .operators import CACHE_ROOM, OPERATORS, Cost, Size
 from .registry import Workload
-from .report import Report, summary
+from .session import Session, Subject
 from .weights import excite
 
 GATE_TOKENS = 48
@@ -100,23 +98,17 @@ def run(
     name: str,
     model: FalconH1ForCausalLM,
     workloads: list[Workload],
-    ceilings: Ceilings,
-    budget: timing.Budget,
-    report: Report,
-    seed: int = 0,
-    peers: bool = False,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
+    session: Session,
+    names: Sequence[str] = contestants.OURS,
 ) -> int:
-    """Measure `model` in every way it can be run into `report`; returns how many were wrong.
+    """Measure `model` in the ways of these names; returns how many of ours were wrong or failed.
 
-    peers: also transformers' model and llama.cpp with the same weights. only: names of those who
-    take part, none for all; skip: names of those who do not.
+    name: the model's, in records. names: from `contestants.select`.
     """
-    device, dtype, config = model.device, model.dtype, model.config
+    device, dtype, config, seed = model.device, model.dtype, model.config, session.seed
+    budget = session.budget
     if device.type == "cpu":
         budget = budget._replace(burst=BURST_SECONDS)
-    clock = timing.WallClock(device)
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(b: int, l: int) -> torch.Tensor:
@@ -124,13 +116,13 @@ def run(
 
     ids = draw(2, min(GATE_TOKENS, config.max_position_embeddings))
     exact = layer.under(model, ops.TORCH)(ids, logits_to_keep=1)[:, -1]
-    people = contestants.gather(model, contestants.select(only, skip, peers))
+    people, away = contestants.gather(model, names)
+    session.results.absent(away)
     gates = {one.name: _admit(one, exact, ids) for one in people.values()}
     wrong = set()
     for w in workloads:
         cost = step_cost(config, w, dtype)
-        shared = _describe(name, w, dtype, cost, ceilings)
-        title = summary(f"generate {name} {w} {shared['dtype']}", cost, shared["bound"])
+        subject = Subject("generate", w.phase, name, w, dtype, cost)
         parts = {n: dict(part) for n, part in gates.items() if w.phase in people[n].phases}
         kept = memory_bytes(config, [w], dtype) - sheet.weight_bytes(config, dtype)
         for one, reason in _unserved(w, people, machine.free_bytes(device) * MEMORY_SHARE - kept):
@@ -146,56 +138,53 @@ def run(
                     calls[one] = call
             if w.phase == "decode" and device.type == "cpu" and calls:
                 calls[READING] = torch.ones(machine.CPU_SIZES[-1] // 4).sum
-            taken = timing.measure(calls, clock, budget)
+            taken = timing.measure(calls, session.clock, budget)
             for one, call in calls.items():
                 if settings := getattr(call, "settings", ""):
                     parts[one]["settings"] = settings
         except Exception as error:
             if not contest.out_of_memory(error):
                 raise
-            report.skipped(title, shared, "out of memory")
+            session.skip(subject)
             continue
         finally:
             for call in calls.values():
                 getattr(call, "close", int)()
             calls = call = cache = None
-        reading = taken.pop(READING, None)
-        for one, measured in taken.items():
-            parts[one] |= contest.times(measured)
-            contest.rates(parts[one], cost, dtype, ceilings)
-            parts[one]["tokens_per_second"] = w.batch * w.length / measured.p50
-            if reading is not None:
-                share = cost.bytes / machine.CPU_SIZES[-1]
-                parts[one]["percent_of_reading"] = {
-                    point: 100 * share * times
-                    for point, times in timing.ratio(reading, measured).items()
-                }
-            if one not in contestants.PEERS:
-                parts[one]["speed_over"] = {
-                    peer: timing.ratio(taken[peer], measured)
-                    for peer in contestants.PEERS
-                    if peer in taken
-                }
-        report.results(title, shared, parts)
-        wrong |= {
-            one
-            for one, part in (gates | parts).items()
-            if part["status"] in ("wrong", "failed") and one not in contestants.PEERS
-        }
+        _add_times(parts, taken, subject)
+        session.publish(subject, parts)
+        wrong |= contest.faulty(gates | parts, contestants.PEERS)
     return len(wrong)
+
+
+def _add_times(
+    parts: dict[str, dict[str, Any]], taken: dict[str, timing.Timing], subject: Subject
+) -> None:
+    """Fill the parts of those who were timed: tokens/s, and ratios to the peers and to memory."""
+    w, reading = subject.workload, taken.pop(READING, None)
+    for one, measured in taken.items():
+        parts[one] |= contest.times(measured)
+        parts[one]["tokens_per_second"] = w.batch * w.length / measured.p50
+        if reading is not None:
+            share = subject.cost.bytes / machine.CPU_SIZES[-1]
+            parts[one]["percent_of_reading"] = {
+                point: 100 * share * times
+                for point, times in timing.ratio(reading, measured).items()
+            }
+        if one not in contestants.PEERS:
+            parts[one]["speed_over"] = {
+                peer: timing.ratio(taken[peer], measured)
+                for peer in contestants.PEERS
+                if peer in taken
+            }
 
 
 def _admit(one: Contestant, exact: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
     """Put a contestant through the gate."""
-    if one.absent:
-        return {"status": "absent", "reason": one.absent}
     try:
-        checked = one.judge(exact, ids)._asdict()
+        return contest.verdict_part(one.judge(exact, ids))
     except Exception as error:  # as in `contest.run`
         return {"status": "failed", "reason": contest.describe(error)}
-    passed, reason = checked.pop("passed"), checked.pop("reason")
-    kept = {key: value for key, value in checked.items() if value < math.inf}
-    return {"status": "timed" if passed else "wrong", "reason": reason, "gate": kept}
 
 
 def _bind(one: Contestant, part: dict[str, Any], *arguments):
@@ -217,8 +206,6 @@ def _unserved(
     free: bytes beside the models and the shared cache, given in the contestants' order.
     """
     for name, one in people.items():
-        if one.absent:
-            continue
         if reason := one.refuses(workload):
             yield name, reason
         elif (extra := one.extra(workload)) > max(free, 0):
@@ -226,22 +213,3 @@ def _unserved(
             yield name, f"takes {extra / 1e9:.1f} GB, {left}"
         else:
             free -= extra
-
-
-def _describe(name, w: Workload, dtype, cost: Cost, ceilings: Ceilings) -> dict[str, Any]:
-    return {
-        "bench": "generate",
-        "op": w.phase,
-        "model": name,
-        "phase": w.phase,
-        "batch": w.batch,
-        "length": w.length,
-        "past": w.past,
-        "dtype": str(dtype).removeprefix("torch."),
-        "bytes_read": cost.read,
-        "bytes_written": cost.written,
-        "bytes": cost.bytes,
-        "bytes_per_token": cost.bytes / (w.batch * w.length),
-        "flops": cost.flops,
-        "bound": contest.bound_by(cost, dtype, ceilings),
-    }

@@ -1,69 +1,74 @@
-"""Who takes part in a case: our tables, torch.compile, Triton, and installed peers.
+"""Who takes part in a case: our tables, torch.compile, Triton, the user's own, installed peers.
 
 An implementation is a name and either a function that binds inputs to a call, or the reason why it
-is not run; nobody is left out silently.
+is not run in this case. Who takes part in no case on this machine is told by `away`; nobody is left
+out silently.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..ops import table
-from . import gate, peers
+from .. import ops
+from . import gate, peers, user_operator
+from .contest import Bound, Implementation
 from .registry import Case
+from .session import Session
 
 REFERENCE_BYTES = 2**30  # of scores: above, the plain attention is not timed
-
-
-class Bound(NamedTuple):
-    """A call with its inputs in place, and its results in the registry's layout.
-
-    call: what is timed. outputs: what `call` returned -> the outputs that `Case.call` gives.
-    """
-
-    call: Callable[[], Any]
-    outputs: Callable[[Any], tuple[Tensor, ...]]
-
-
-class Implementation(NamedTuple):
-    """bind(inputs) -> `Bound`, or None with the reason. slack: see `gate.judge`."""
-
-    name: str
-    bind: Callable[[dict[str, Any]], Bound] | None
-    reason: str = ""
-    slack: float = 1.0
+COMPILED = ops.INDUCTOR  # the table that --compile hands to torch.compile
+NO_FLOAT64 = "the kernels do not serve float64"
 
 
 def bind(case: Case, function: Callable, inputs: dict[str, Any]) -> Bound:
     """Bind `inputs`, with a private copy of what a call overwrites, to one of our functions."""
     own = case.scratch(inputs)
-
-    def outputs(out) -> tuple[Tensor, ...]:
-        returned = out if isinstance(out, tuple) else (out,)
-        return (*returned, *(own[name] for name in case.operator.mutates))
-
-    return Bound(partial(function, **own), outputs)
+    return Bound(partial(function, **own), lambda out: case.outputs(out, own))
 
 
 def ours(name: str, case: Case, function: Callable) -> Implementation:
     return Implementation(name, partial(bind, case, function))
 
 
-def contestants(case: Case, device: torch.device, compiled: bool = False) -> list[Implementation]:
-    """Everyone for a case, runnable or not. compiled: also torch.compile of TORCH."""
-    return [
+def kernels_away(device: torch.device) -> str:
+    """Why the Triton kernels are not run on a device; "" if they are."""
+    if device.type != "cuda":
+        return "needs a GPU"
+    try:
+        ops.table("triton")
+    except ValueError as error:  # Triton or the kernels are missing
+        return str(error)
+    return ""
+
+
+def away(device: torch.device, operators: Collection[str]) -> dict[str, str]:
+    """Who takes part in no case of these operators on a device: names, and the reasons."""
+    reasons = {"triton": kernels_away(device)}
+    for peer in peers.PEERS:
+        if not peer.adapters.keys().isdisjoint(operators):
+            reasons[peer.name] = peers.why_away(peer, device)
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def contestants(case: Case, session: Session) -> list[Implementation]:
+    """Everyone for a case who is not away; some with the reason why they are not run in it."""
+    absent = away(session.device, [case.op])
+    found = [
         _reference(case),
         ours("torch", case, gate.torch_form(case)),
-        *([_compiled(case)] if compiled else []),
-        _triton(case, device),
-        *(_peer(peer, case, device) for peer in peers.PEERS if case.op in peer.adapters),
+        *([_compiled(case)] if session.compiled else []),
+        *([] if "triton" in absent else [_triton(case)]),
     ]
+    found += [user_operator.implementation(u, case) for u in session.user if u.op == case.op]
+    for peer in peers.PEERS:
+        if case.op in peer.adapters and peer.name not in absent:
+            found.append(_peer(peer, case))
+    return found
 
 
 def _reference(case: Case) -> Implementation:
@@ -83,34 +88,29 @@ def _compiled(case: Case) -> Implementation:
     def compile_and_bind(inputs):
         # A new shape of a function that was compiled before would count as a recompilation.
         torch.compiler.reset()
-        function = torch.compile(gate.torch_form(case), dynamic=False, fullgraph=True)
-        return bind(case, function, inputs)
+        operator = case.operator
+        form = operator.alone.torch if operator.alone else getattr(COMPILED, operator.field)
+        return bind(case, torch.compile(form, dynamic=False, fullgraph=True), inputs)
 
     return Implementation("torch.compile", compile_and_bind)
 
 
 def kernel(case: Case) -> Callable:
-    """The Triton kernel's public function of a case. Raises ImportError where there is none."""
+    """The Triton kernel's public function of a case."""
     if case.operator.alone is None:
-        return getattr(table("triton"), case.operator.field)
+        return getattr(ops.table("triton"), case.operator.field)
     module, function = case.operator.alone.kernel
     return getattr(importlib.import_module(f"falcon_h1r_kernels.{module}"), function)
 
 
-def _triton(case: Case, device: torch.device) -> Implementation:
-    if device.type != "cuda":
-        return Implementation("triton", None, "needs a GPU (its interpreter is no benchmark)")
+def _triton(case: Case) -> Implementation:
     if case.dtype == torch.float64:
-        return Implementation("triton", None, "the kernels do not serve float64")
-    try:
-        return ours("triton", case, kernel(case))
-    except ImportError as error:
-        return Implementation("triton", None, f"cannot be imported: {error}")
+        return Implementation("triton", None, NO_FLOAT64)
+    return ours("triton", case, kernel(case))
 
 
-def _peer(peer: peers.Peer, case: Case, device: torch.device) -> Implementation:
-    reason = peers.why_not(peer, case, device)
-    if reason:
+def _peer(peer: peers.PeerPackage, case: Case) -> Implementation:
+    if reason := peer.refuses(case):
         return Implementation(peer.name, None, reason)
     adapter = peer.adapters[case.op]
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from .. import ssd
 from ..conv import causal_conv1d_reference, causal_conv1d_step
 from ..generation.logprob import logprob
-from ..norm import gated_rms_norm, gated_rms_norm_reference, rms_norm, rms_norm_reference
+from ..norm import rms_norm, rms_norm_reference
 from ..precision import compute_dtype
 from ..scan import ssd_step
 from .mixer_operators import OPERATORS as MIXER
 from .mixer_operators import conv_step_inputs, ssd_step_inputs
-from .sizes import SILU, Alone, Cost, Draw, Operator, Size
+from .sizes import Alone, Cost, Draw, Operator, Size
 
 
 def rms_norm_residual_reference(x: Tensor, weight_d: Tensor, eps: float, residual: Tensor):
@@ -132,72 +132,6 @@ def _conv_ssd_step_cost(s: Size) -> Cost:
     return Cost(conv.read + step.read - between, conv.written + step.written - between, flops)
 
 
-def ssd_step_norm_reference(
-    state_bhpn: Tensor,
-    x_bhp: Tensor,
-    dt_bh: Tensor,
-    A_h: Tensor,
-    B_bgn: Tensor,
-    C_bgn: Tensor,
-    D_h: Tensor | None,
-    z_bhp: Tensor,
-    weight_d: Tensor,
-    eps: float,
-    n_groups: int = 1,
-    norm_before_gate: bool = False,
-) -> Tensor:
-    """ssd_step and gated_rms_norm in one: (b, h, p) in x's dtype, nothing rounded in between.
-
-    state_bhpn (b, h, p, n) is updated in place; z_bhp (b, h, p); weight_d (d,), d = h p; the rest
-    as in the two.
-    """
-    y = ssd.ssd_step(state_bhpn, x_bhp.to(compute_dtype(x_bhp)), dt_bh, A_h, B_bgn, C_bgn, D_h)
-    rest = (weight_d, eps, n_groups, norm_before_gate)
-    out = gated_rms_norm_reference(y.flatten(-2)[:, None], z_bhp.flatten(-2)[:, None], *rest)
-    return out.view(y.shape).to(x_bhp.dtype)
-
-
-def ssd_step_norm(
-    state_bhpn: Tensor,
-    x_bhp: Tensor,
-    dt_bh: Tensor,
-    A_h: Tensor,
-    B_bgn: Tensor,
-    C_bgn: Tensor,
-    D_h: Tensor | None,
-    z_bhp: Tensor,
-    weight_d: Tensor,
-    eps: float,
-    n_groups: int = 1,
-    norm_before_gate: bool = False,
-) -> Tensor:
-    """As a model without the kernel does it: one after the other."""
-    y = ssd_step(state_bhpn, x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h)
-    rest = (weight_d, eps, n_groups, norm_before_gate)
-    return gated_rms_norm(y.flatten(-2)[:, None], z_bhp.flatten(-2)[:, None], *rest).view(y.shape)
-
-
-def _ssd_step_norm_inputs(s: Size, draw: Draw) -> dict[str, Any]:
-    """With a norm's weight for models without the norm, too: their widths are as good as others."""
-    c = s.config
-    step = ssd_step_inputs(s, draw)
-    return step | {
-        "z_bhp": draw.normal(*step["x_bhp"].shape, dtype=s.dtype),
-        "weight_d": 1 + draw.normal(c.d_ssm, dtype=s.dtype, scale=0.1),
-        "eps": c.rms_norm_eps,
-        "n_groups": c.mamba_n_groups,
-        "norm_before_gate": c.mamba_norm_before_gate,
-    }
-
-
-def _ssd_step_norm_cost(s: Size) -> Cost:
-    """The step's traffic with z and the weight; the result is written where its y would be."""
-    step = next(o.cost(s) for o in MIXER if o.name == "ssd_step")
-    channels = s.b * s.config.d_ssm
-    read = step.read + (channels + s.config.d_ssm) * s.item
-    return Cost(read, step.written, step.flops + (SILU + 5) * channels)
-
-
 def _logprob_inputs(s: Size, draw: Draw) -> dict[str, Any]:
     """Logits before the head's multiplier, as the head gives them; k as DeepConf takes it."""
     v, multiplier = s.config.vocab_size, s.config.lm_head_multiplier
@@ -232,15 +166,6 @@ OPERATORS = (
         _conv_ssd_step_cost,
         mutates=("state_bhpn", "new_window_bvc"),
         alone=Alone(conv_ssd_step_reference, conv_ssd_step, ("conv_ssd_step", "conv_ssd_step")),
-    ),
-    Operator(
-        "ssd_step_norm",
-        "",
-        ("decode",),
-        _ssd_step_norm_inputs,
-        _ssd_step_norm_cost,
-        mutates=("state_bhpn",),
-        alone=Alone(ssd_step_norm_reference, ssd_step_norm, ("ssd_step_norm", "ssd_step_norm")),
     ),
     Operator(
         "logprob",

@@ -18,13 +18,13 @@ from .. import ops
 from ..cache import Cache, Span
 from ..config import FalconH1Config
 from ..model import FalconH1ForCausalLM
-from . import contest, gate, peer_layer
-from .implementations import Bound, Implementation
-from .machine import Ceilings
+from . import gate, peer_layer
+from .contest import Bound, Implementation
+from .implementations import COMPILED, NO_FLOAT64, kernels_away
 from .operators import CACHE_ROOM, OPERATORS, Cost, Draw, Size
+from .peers import TRANSFORMERS, import_error
 from .registry import Workload
-from .report import Report, summary
-from .timing import Budget
+from .session import Session, Subject
 from .weights import excite
 
 LAYER_SLACK = 8.0
@@ -99,7 +99,7 @@ def bind(model: FalconH1ForCausalLM, inputs: dict[str, Any], compiled: bool = Fa
 
 
 def contestants(
-    model: FalconH1ForCausalLM, workload: Workload, device: torch.device, compiled: bool
+    model: FalconH1ForCausalLM, workload: Workload, session: Session
 ) -> list[Implementation]:
     """The block under each table, torch.compile where asked for, and transformers' layer."""
 
@@ -107,31 +107,27 @@ def contestants(
         other = under(model, table)
         return Implementation(name, lambda inputs: bind(other, inputs, compiled), slack=LAYER_SLACK)
 
-    people = [ours("torch", ops.TORCH)]
     if workload.phase != "decode" and workload.length > gate.LOOP_TOKENS:
-        people.insert(0, Implementation("reference", None, "a Python loop over tokens"))
+        people = [Implementation("reference", None, "a Python loop over tokens")]
     else:
-        people.insert(0, ours("reference", ops.REFERENCE))
-    if compiled:
-        people.append(ours("torch.compile", ops.TORCH, compiled=True))
-    if device.type != "cuda":
-        reason = "needs a GPU (its interpreter is no benchmark)"
-        people.append(Implementation("triton", None, reason))
-    elif model.dtype == torch.float64:
-        people.append(Implementation("triton", None, "the kernels do not serve float64"))
-    else:
-        try:
-            people.append(ours("triton", ops.table("triton")))
-        except ImportError as error:
-            people.append(Implementation("triton", None, f"cannot be imported: {error}"))
-    return [*people, peer_layer.transformers_layer(model, LAYER_SLACK)]
+        people = [ours("reference", ops.REFERENCE)]
+    people.append(ours("torch", ops.TORCH))
+    if session.compiled:
+        people.append(ours("torch.compile", COMPILED, compiled=True))
+    if not kernels_away(session.device):
+        served = model.dtype != torch.float64
+        triton = ours("triton", ops.table("triton")) if served else None
+        people.append(triton or Implementation("triton", None, NO_FLOAT64))
+    if not import_error(TRANSFORMERS):
+        people.append(peer_layer.transformers_layer(model, LAYER_SLACK))
+    return people
 
 
-def find_truth(model: FalconH1ForCausalLM, inputs: dict[str, Any]) -> gate.Truth:
+def find_expected(model: FalconH1ForCausalLM, inputs: dict[str, Any]) -> gate.Expected:
     """The float64 block's output and state; allowed: what one operator may err, before slack."""
     exact = _run(bind(under(model, ops.TORCH, torch.float64), inputs))
     floor = gate.SLACK[model.dtype] * gate.ROUNDOFF[model.dtype]
-    return gate.Truth(exact, ((floor, floor),) * len(exact))
+    return gate.Expected(exact, ((floor, floor),) * len(exact))
 
 
 def _run(bound: Bound) -> tuple[torch.Tensor, ...]:
@@ -144,52 +140,22 @@ def run(
     config: FalconH1Config,
     workloads: list[Workload],
     dtype: torch.dtype,
-    device: torch.device,
-    clock,
-    ceilings: Ceilings,
-    budget: Budget,
-    report: Report,
-    compiled: bool = False,
-    seed: int = 0,
+    session: Session,
 ) -> int:
-    """Measure one block of `config` into `report`; returns how many of our own were wrong."""
-    torch.manual_seed(seed)
-    wrong = 0
+    """Measure one block of `config`; returns how many of our own forms were wrong or failed."""
+    torch.manual_seed(session.seed)
+    device, reasons = session.device, {"triton": kernels_away(session.device)}
+    reasons["transformers"] = import_error(TRANSFORMERS)
+    session.results.absent({name: reason for name, reason in reasons.items() if reason})
     model = FalconH1ForCausalLM(block_config(config), ops=ops.TORCH, dtype=dtype, device=device)
+    wrong = 0
     for w in workloads:
+
+        def prepare(w=w):
+            inputs = make_inputs(model, w, device, session.seed)
+            excite(model, session.seed, bind(model, inputs).call)
+            return contestants(model, w, session), inputs, find_expected(model, inputs)
+
         cost = layer_cost(config, w, dtype)
-        shared = {
-            "bench": "layer",
-            "op": "layer",
-            "model": name,
-            "phase": w.phase,
-            "batch": w.batch,
-            "length": w.length,
-            "past": w.past,
-            "dtype": str(dtype).removeprefix("torch."),
-            "bytes_read": cost.read,
-            "bytes_written": cost.written,
-            "bytes": cost.bytes,
-            "flops": cost.flops,
-            "bound": contest.bound_by(cost, dtype, ceilings),
-        }
-        title = summary(f"layer {name} {w} {shared['dtype']}", cost, shared["bound"])
-        try:
-            inputs = make_inputs(model, w, device, seed)
-            excite(model, seed, bind(model, inputs).call)
-            truth = find_truth(model, inputs)
-            people = contestants(model, w, device, compiled)
-            parts = contest.run(people, inputs, truth, clock, budget)
-        except Exception as error:
-            if not contest.out_of_memory(error):
-                raise
-            report.skipped(title, shared, "out of memory")
-            continue
-        finally:
-            inputs = truth = people = None
-        for implementation, part in parts.items():
-            contest.rates(part, cost, dtype, ceilings)
-            ours = implementation != "transformers"
-            wrong += ours and part["status"] in ("wrong", "failed")
-        report.results(title, shared, parts)
+        wrong += session.measure(Subject("layer", "layer", name, w, dtype, cost), prepare)
     return wrong

@@ -73,7 +73,9 @@ class LlamaModel:
         plain = torch.float32 if model.dtype == torch.float32 else torch.float16
         self._settings = [Setting(False, plain), Setting(True, torch.float16)]
 
-    def judge(self, ids: Tensor, judged: Callable[[Tensor, float], gate.Verdict]) -> gate.Verdict:
+    def judge(
+        self, ids: Tensor, judged: Callable[[Tensor, float], gate.GateResult]
+    ) -> gate.GateResult:
         """The gate: each row read as a prefill of all but one token and a step of one.
 
         judged(logits, extra): the verdict, with `extra` relative error per layer allowed for

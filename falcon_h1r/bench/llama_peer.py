@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,28 +143,6 @@ class LlamaPeer:
         taken = self._lib.llama_state_seq_get_data_ext(self._context, raw, size, row, flags)
         self._need(taken == size, "give its state")
         return raw
-
-    def prefill(self, ids: Sequence[int]) -> float:
-        """Seconds to read a prompt, its last logits included."""
-        start = time.perf_counter()
-        self.read(ids)
-        return time.perf_counter() - start
-
-    def decode_after(self, depth: int, batch: int, steps: int, seed: int = 0) -> list[float]:
-        """Seconds of each of `steps` greedy steps of `batch` rows behind a random prompt.
-
-        The depth, 1 or more, grows by one a step: a recurrent state cannot be set back. One step
-        before them is not timed: the rows' keys and values are copied in it.
-        """
-        ids = np.random.default_rng(seed).integers(0, self.vocab_size, depth).tolist()
-        tokens = [int(self.read(ids).argmax())] * batch
-        self.spread(batch)
-        seconds = []
-        for position in range(depth, depth + 1 + steps):
-            start = time.perf_counter()
-            tokens = self.step(tokens, position).argmax(-1).tolist()
-            seconds.append(time.perf_counter() - start)
-        return seconds[1:]
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> list[np.ndarray]:
         # rows: token, position, sequence, whether its logits are wanted

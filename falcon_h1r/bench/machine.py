@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import llama_library
-from .timing import QUICK, Budget, measure
+from .timing import QUICK, TimeBudget, measure
 
 PACKAGES = (
     "torch",
@@ -32,6 +32,28 @@ GPU_SIZES, GPU_MATRIX = (2**30,), 8192  # bytes of arrays, rows and columns of m
 CPU_SIZES, CPU_MATRIX = (2**20, 2**24, 2**28), 1024
 _GPU_FIELDS = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem")
 _GPU_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "utilization.gpu")
+
+
+def find_device(name: torch.device | str | None, option: str = "device") -> torch.device:
+    """The device of this name, made the current one; None: a GPU where there is one.
+
+    option: for messages. Raises ValueError for a device that is neither a CPU nor a GPU of this
+    machine.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{option} is {str(name)!r}, expected cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"{option} {name}: torch sees {count} GPUs")
+        torch.cuda.set_device(device.index or 0)
+    return device
 
 
 def card(device: torch.device) -> dict[str, Any]:
@@ -195,7 +217,7 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(
-    device: torch.device, dtypes: Sequence[torch.dtype], clock, budget: Budget = QUICK
+    device: torch.device, dtypes: Sequence[torch.dtype], clock, budget: TimeBudget = QUICK
 ) -> Ceilings:
     """Sum and copy arrays, and multiply square matrices; each at the 20th percentile of time.
 

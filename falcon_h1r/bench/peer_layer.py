@@ -8,18 +8,13 @@ from typing import Any
 import torch
 
 from ..attention import visible_keys
-from .implementations import Bound, Implementation
-from .peer_model import cache_name
-from .peers import import_error
-
-_MODULE = "transformers.models.falcon_h1.modeling_falcon_h1"
-_SEED_TOKENS = 4  # of a true prefill, after which the cache holds tensors to be replaced
+from .contest import Bound, Implementation
+from .peer_model import SEED_TOKENS, cache_name, set_multipliers, transformers_config
+from .peers import TRANSFORMERS
 
 
 def transformers_layer(model, slack: float) -> Implementation:
     """slack: see `gate.judge`; doubled, since transformers rounds more often."""
-    if reason := import_error(_MODULE):
-        return Implementation("transformers", None, reason)
     if model.dtype == torch.float64:
         return Implementation("transformers", None, "computes in float32")
     return Implementation("transformers", lambda inputs: _bind(model, inputs), slack=2 * slack)
@@ -28,9 +23,9 @@ def transformers_layer(model, slack: float) -> Implementation:
 def _bind(model, inputs: dict[str, Any]) -> Bound:
     """In prefill every call begins an empty DynamicCache, as `generate` does; behind a past, every
     call puts the same keys back, so that the context does not grow from call to call."""
-    falcon, x, w = importlib.import_module(_MODULE), inputs["x_bld"], inputs["workload"]
+    falcon, x, w = importlib.import_module(TRANSFORMERS), inputs["x_bld"], inputs["workload"]
     dynamic_cache = importlib.import_module("transformers").DynamicCache
-    config = _config(falcon, model.config)
+    config = transformers_config(model.config)
     layer = _layer(falcon, config, model)
     name = cache_name(layer)
     rotary = falcon.FalconH1RotaryEmbedding(config).to(x.device)
@@ -54,8 +49,8 @@ def _bind(model, inputs: dict[str, Any]) -> Bound:
         return Bound(begin, lambda out: (out, caches[0].layers[0].recurrent_states[0]))
 
     cache, own = dynamic_cache(config=config), inputs["cache"].layer(0)
-    few = torch.arange(_SEED_TOKENS, device=x.device)[None]
-    seed = x.new_zeros(w.batch, _SEED_TOKENS, x.shape[-1])
+    few = torch.arange(SEED_TOKENS, device=x.device)[None]
+    seed = x.new_zeros(w.batch, SEED_TOKENS, x.shape[-1])
     layer(seed, use_cache=True, position_embeddings=rotary(seed, few), **{name: cache})
     held = cache.layers[0]
     keys, values = (t[:, :, : w.past].contiguous() for t in (own.keys_bjse, own.values_bjse))
@@ -70,19 +65,11 @@ def _bind(model, inputs: dict[str, Any]) -> Bound:
     return Bound(proceed, lambda out: (out, held.recurrent_states[0]))
 
 
-def _config(falcon, config):
-    values = config.to_dict() | {"time_step_limit": config.time_step_limit}
-    out = falcon.FalconH1Config(**values)
-    out._attn_implementation = "sdpa"
-    return out
-
-
 def _layer(falcon, config, model):
     """A_log, D and dt_bias stay in float32, though its own loader would narrow them."""
     block = model.model["layers"][0]
     with torch.device("meta"):
         layer = falcon.FalconH1DecoderLayer(config, 0)
     layer.load_state_dict(block.state_dict(), strict=True, assign=True)
-    multipliers = falcon.compute_mup_vector(config).to(model.device, model.dtype)
-    layer.mamba.register_buffer("mup_vector", multipliers, persistent=False)
+    set_multipliers(layer, config, model)
     return layer.eval()

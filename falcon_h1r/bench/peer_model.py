@@ -8,32 +8,28 @@ import inspect
 import torch
 
 from ..cache import Cache
-from .peers import import_error
+from ..config import FalconH1Config
+from .peers import TRANSFORMERS, import_error
 from .registry import Workload
 
-_MODULE = "transformers.models.falcon_h1.modeling_falcon_h1"
-_SEED_TOKENS = 4  # of a true prefill, after which the cache holds tensors to be replaced
+SEED_TOKENS = 4  # of a true prefill, after which the cache holds tensors to be replaced
 
 
 def transformers_model(model):
     """The peer in eval mode with our parameters, no copies; or, as a string, why there is none."""
-    if reason := import_error(_MODULE):
+    if reason := import_error(TRANSFORMERS):
         return reason
     if model.dtype == torch.float64:
         return "computes in float32"
-    falcon = importlib.import_module(_MODULE)
-    values = model.config.to_dict() | {"time_step_limit": model.config.time_step_limit}
-    config = falcon.FalconH1Config(**values)
-    config._attn_implementation = "sdpa"
+    falcon, config = importlib.import_module(TRANSFORMERS), transformers_config(model.config)
     with torch.device("meta"):
         peer = falcon.FalconH1ForCausalLM(config)
     # A_log, D and dt_bias stay in float32, though its own loader would narrow them.
     peer.load_state_dict(model.state_dict(), strict=False, assign=True)
     if config.tie_word_embeddings:
         peer.lm_head.weight = peer.model.embed_tokens.weight
-    multipliers = falcon.compute_mup_vector(config).to(model.device, model.dtype)
     for layer in peer.model.layers:
-        layer.mamba.register_buffer("mup_vector", multipliers, persistent=False)
+        set_multipliers(layer, config, model)
     peer.model.rotary_emb = falcon.FalconH1RotaryEmbedding(config).to(model.device)
     return peer.eval()
 
@@ -45,6 +41,21 @@ def cache_name(module: torch.nn.Module) -> str:
     """
     known = inspect.signature(type(module).forward).parameters
     return "cache" if "cache" in known else "past_key_values"
+
+
+def transformers_config(config: FalconH1Config):
+    """Theirs of the same values; attention through torch's fused function."""
+    values = config.to_dict() | {"time_step_limit": config.time_step_limit}
+    out = importlib.import_module(TRANSFORMERS).FalconH1Config(**values)
+    out._attn_implementation = "sdpa"
+    return out
+
+
+def set_multipliers(layer, config, model) -> None:
+    """Give a layer of theirs the mixer's multipliers as a vector, which no checkpoint holds."""
+    multipliers = importlib.import_module(TRANSFORMERS).compute_mup_vector(config)
+    multipliers = multipliers.to(model.device, model.dtype)
+    layer.mamba.register_buffer("mup_vector", multipliers, persistent=False)
 
 
 @torch.no_grad()
@@ -63,7 +74,7 @@ def make_step(peer, workload: Workload, ids: torch.Tensor, cache: Cache):
     """
     if workload.phase == "prefill":
         return lambda: peer(ids, use_cache=True, logits_to_keep=1)
-    seed = ids.new_zeros(workload.batch, _SEED_TOKENS)
+    seed = ids.new_zeros(workload.batch, SEED_TOKENS)
     name = cache_name(peer)
     held = peer(seed, use_cache=True, logits_to_keep=1)[name]
     past, v = workload.past, cache.windows.shape[2]

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+TRANSFORMERS = "transformers.models.falcon_h1.modeling_falcon_h1"
 Adapter = Callable[[Any, dict[str, Any]], tuple[Callable, Callable]]
 
 
-class Peer(NamedTuple):
+class PeerPackage(NamedTuple):
     """A package's implementations by operator.
 
     slack: factor on the gate's tolerance, 1 unless the package rounds more often by design, for the
@@ -41,13 +42,11 @@ class Peer(NamedTuple):
     refuses: Callable[[Any], str] = lambda case: ""
 
 
-def why_not(peer: Peer, case, device: torch.device) -> str:
-    """Why a peer does not take part in a case; "" if it does."""
+def why_away(peer: PeerPackage, device: torch.device) -> str:
+    """Why a peer takes part in no case on a device; "" if it does."""
     if error := import_error(peer.module):
         return error
-    if peer.needs_gpu and device.type != "cuda":
-        return "needs a GPU"
-    return peer.refuses(case)
+    return "needs a GPU" if peer.needs_gpu and device.type != "cuda" else ""
 
 
 @cache
@@ -69,7 +68,7 @@ def _one(out: Tensor) -> tuple[Tensor, ...]:
 
 
 def _falcon_h1():
-    return importlib.import_module("transformers.models.falcon_h1.modeling_falcon_h1")
+    return importlib.import_module(TRANSFORMERS)
 
 
 def _torch_path(function: Callable) -> Callable:
@@ -256,9 +255,9 @@ def _ms_refuses(case) -> str:
 
 
 PEERS = (
-    Peer(
+    PeerPackage(
         "transformers",
-        "transformers.models.falcon_h1.modeling_falcon_h1",
+        TRANSFORMERS,
         {
             "rms_norm": _hf_rms_norm,
             "gated_rms_norm": _hf_gated_rms_norm,
@@ -273,7 +272,7 @@ PEERS = (
         slack_reason="it rounds intermediate results, cos, sin and the state to the model's dtype",
         refuses=lambda case: "computes in float32" if case.dtype == torch.float64 else "",
     ),
-    Peer(
+    PeerPackage(
         "mamba_ssm",
         "mamba_ssm",
         {"gated_rms_norm": _ms_gated_rms_norm, "ssd_scan": _ms_scan, "ssd_step": _ms_step},
@@ -282,13 +281,13 @@ PEERS = (
         slack_reason="states between chunks in the model's dtype",
         refuses=_ms_refuses,
     ),
-    Peer(
+    PeerPackage(
         "causal_conv1d",
         "causal_conv1d",
         {"causal_conv1d": _cc_conv, "causal_conv1d_step": _cc_conv_step},
         needs_gpu=True,
     ),
-    Peer(
+    PeerPackage(
         "flash-linear-attention",
         "fla",
         {"ssd_scan": _fla_scan},
@@ -297,7 +296,7 @@ PEERS = (
         slack_reason="x dt and operands of products rounded to the model's dtype",
         refuses=lambda case: "" if case.dtype.itemsize == 2 else "float32 products are TF32",
     ),
-    Peer(
+    PeerPackage(
         "flash_attn",
         "flash_attn",
         {
@@ -309,3 +308,5 @@ PEERS = (
         refuses=lambda case: "16-bit only" if case.dtype.itemsize != 2 else "",
     ),
 )
+# Everyone whose faults are not ours; llama.cpp takes part in `bench generate`.
+NAMES = (*(peer.name for peer in PEERS), "llama.cpp")

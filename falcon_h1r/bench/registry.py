@@ -112,9 +112,12 @@ class Case:
         The call works on a copy of what it overwrites: `inputs` stays as it is.
         """
         inputs = self.scratch(inputs)
-        out = function(**inputs)
-        returned = out if isinstance(out, tuple) else (out,)
-        return (*returned, *(inputs[name] for name in self.operator.mutates))
+        return self.outputs(function(**inputs), inputs)
+
+    def outputs(self, returned: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """What a call with `inputs` returned, then the tensors it wrote in place."""
+        first = returned if isinstance(returned, (tuple, list)) else (returned,)
+        return (*first, *(inputs[name] for name in self.operator.mutates))
 
     def scratch(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` with a copy of each tensor that a call overwrites."""

@@ -1,8 +1,9 @@
 """Where results go: JSON lines in a file, a table or one JSON document on stdout.
 
 Every line is one object with "record": "machine" (the card), "ceilings", "result" (one
-implementation at one case, timed or not, with its "status"), "skipped" (a whole case), "best" (of
-a tuning) or "end" (the machine's state afterwards). Seconds, bytes and FLOPs are in base units.
+implementation at one case, timed or not, with its "status"), "absent" (an implementation that takes
+part in no case, with the reason), "skipped" (a whole case), "best" (of a tuning) or "end" (the
+machine's state afterwards). Seconds, bytes and FLOPs are in base units.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from typing import Any
 
 from .machine import Ceilings, checkout, short_name
 
-FORMAT = 1
-_COLUMNS = f"{'':24}{'median':>11}  {'[p20, p80]':<21}{'GB/s':>8}{'GFLOP/s':>10}{'ceiling':>9}"
+FORMAT = 2  # 1 repeated in every case who is away
+_COLUMNS = f"{'median':>11}  {'[p20, p80]':<21}{'GB/s':>8}{'GFLOP/s':>10}{'ceiling':>9}"
+_NAME = 24  # the least width of the column of names
 
 
-class Report:
+class Results:
     """Collects records; writes each to `path` as it comes, and text through `say`."""
 
     def __init__(self, path: Path | None, say: Callable[[str], None]):
         self.path, self.say, self.records = path, say, []
         self._file = None
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> Results:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a", encoding="utf-8")
@@ -60,31 +62,43 @@ class Report:
             name = str(dtype).removeprefix("torch.")
             self.say(f"measured ceiling, matrix product {name}: {rate / 1e9:,.0f} GFLOP/s")
 
-    def results(self, title: str, shared: dict[str, Any], parts: dict[str, dict[str, Any]]) -> None:
+    def absent(self, reasons: dict[str, str]) -> None:
+        """Who takes part in no case, and why: names and reasons. Each is written once in a run."""
+        said = {(r["implementation"], r["reason"]) for r in self.records if r["record"] == "absent"}
+        groups: dict[str, list[str]] = {}
+        for name, reason in reasons.items():
+            if (name, reason) not in said:
+                self.add({"record": "absent", "implementation": name, "reason": reason})
+                groups.setdefault(reason, []).append(name)
+        for reason, names in groups.items():
+            self.say(f"not run: {', '.join(names)}: {reason}")
+
+    def table(self, title: str, shared: dict[str, Any], parts: dict[str, dict[str, Any]]) -> None:
         """All implementations of one case: a record and a line of the table each."""
         self.say(f"\n{title}")
+        width = max(_NAME, *(len(name) + 2 for name in parts))
         if any("percent_of_ceiling" in part for part in parts.values()):
-            self.say(_COLUMNS)
+            self.say(f"  {'':{width}}{_COLUMNS}")
         base = parts.get("torch", {}).get("seconds", {}).get("p50")
         for name, part in parts.items():
             if base and "seconds" in part:
                 part["times_torch"] = base / part["seconds"]["p50"]
             self.add({"record": "result", **shared, "implementation": name, **part})
-            self.say(line(name, part))
+            self.say(line(name, part, width))
 
     def skipped(self, title: str, shared: dict[str, Any], reason: str) -> None:
         self.add({"record": "skipped", **shared, "reason": reason})
         self.say(f"\n{title}\n  skipped: {reason}")
 
 
-def line(name: str, part: dict[str, Any]) -> str:
+def line(name: str, part: dict[str, Any], width: int = _NAME) -> str:
     """One implementation's line of the table."""
     if "seconds" not in part:
         status = {"absent": "not run", "wrong": "WRONG, not timed", "failed": "FAILED"}
-        return f"  {name:24}{status[part['status']]}: {part['reason']}"
+        return f"  {name:{width}}{status[part['status']]}: {part['reason']}"
     s = part["seconds"]
     spread = f"[{shown(s['p20'])}, {shown(s['p80'])}]"
-    text = f"  {name:24}{shown(s['p50']):>11}  {spread:<21}"
+    text = f"  {name:{width}}{shown(s['p50']):>11}  {spread:<21}"
     if "percent_of_ceiling" in part:
         text += f"{three(part['bytes_per_second'] / 1e9):>8}"
         text += f"{three(part['flops_per_second'] / 1e9):>10}"
@@ -124,11 +138,6 @@ def amount(value: float, unit: str) -> str:
         if value >= factor:
             return f"{three(value / factor)} {prefix}{unit}"
     return f"{three(value / 1e3)} k{unit}"
-
-
-def summary(title: str, cost, bound: str) -> str:
-    """The line above a case's table."""
-    return f"{title}: {amount(cost.bytes, 'B')}, {amount(cost.flops, 'FLOP')}, bound by {bound}"
 
 
 def default_path(card: dict[str, Any]) -> Path:

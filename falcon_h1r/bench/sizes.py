@@ -52,11 +52,13 @@ class Size(NamedTuple):
 
 
 class Draw:
-    """Seeded random tensors on one device."""
+    """Seeded random tensors on one device; on "meta", tensors without memory and values."""
 
     def __init__(self, seed: int, device: str | torch.device):
         self.device = torch.device(device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = None
+        if self.device.type != "meta":
+            self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         out = torch.empty(shape, dtype=dtype, device=self.device)

@@ -26,7 +26,7 @@ SETTLE_SECONDS = 0.02
 MOST_CALLS = 8
 
 
-class Budget(NamedTuple):
+class TimeBudget(NamedTuple):
     """How long to measure: seconds per contestant, rounds at least and at most, warm-up calls.
 
     limit: seconds that all contestants together may take, which goes before `least`; where so many
@@ -42,8 +42,8 @@ class Budget(NamedTuple):
     burst: float = 0.0
 
 
-FULL = Budget()
-QUICK = Budget(seconds=0.1, least=3, most=100, warmup_calls=1)
+FULL = TimeBudget()
+QUICK = TimeBudget(seconds=0.1, least=3, most=100, warmup_calls=1)
 
 
 class Timing(NamedTuple):
@@ -163,7 +163,9 @@ def percentile(samples: Sequence[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def measure(calls: dict[str, Callable[[], Any]], clock, budget: Budget = FULL) -> dict[str, Timing]:
+def measure(
+    calls: dict[str, Callable[[], Any]], clock, budget: TimeBudget = FULL
+) -> dict[str, Timing]:
     """Time every call, in turns.
 
     The last warm-up sample of each decides the number of rounds: so many that all take

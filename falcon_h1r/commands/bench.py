@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from . import bench_setup
+from .bench_setup import FAMILY
 from .common import DEFAULT_MODEL, DTYPES, counting
 
-FAMILY = "family"
 PICTURES = (".png", ".svg", ".pdf")
 WRONG = 1
 
@@ -21,7 +22,7 @@ def add_to(commands) -> None:
         help="measure operators, a layer or generation",
         description="Microbenchmarks. A machine card and the machine's own measured ceilings come "
         "first; nothing is timed before it has passed a correctness check against float64. Exit "
-        "status 1: one of our own implementations did not pass.",
+        "status 1: one of our own implementations, or one given with --impl, did not pass.",
     )
     kinds = parser.add_subparsers(metavar="ops|layer|generate", required=True, dest="bench")
     ops = kinds.add_parser(
@@ -32,6 +33,23 @@ def add_to(commands) -> None:
     )
     ops.add_argument(
         "--ops", "--op", nargs="+", metavar="NAME", default=[], help="these operators only"
+    )
+    ops.add_argument(
+        "--impl",
+        nargs="+",
+        metavar="[OP=]MODULE:FUNCTION",
+        default=[],
+        help="also this function of a module in the current folder or an installed one, called as "
+        "the model calls operator OP; OP= may be left out where --op names one operator. Without "
+        "--op only these operators are measured",
+    )
+    ops.add_argument(
+        "--sizes",
+        nargs="+",
+        metavar="AXIS=N,...",
+        default=[],
+        help="the operator's axes by the letters of its argument names, such as l=777,h=4,p=64, in "
+        "place of --prefill, --resume and --decode; other sizes are those of --model-shape",
     )
     ops.add_argument(
         "--tune",
@@ -72,7 +90,7 @@ def add_to(commands) -> None:
         _add_common(kind)
         kind.set_defaults(run=run)
     for kind in (ops, layer):
-        kind.add_argument("--compile", action="store_true", help="also torch.compile of TORCH")
+        kind.add_argument("--compile", action="store_true", help="also torch.compile of ours")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -112,25 +130,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..bench import contestants, machine, report, timing
-    from ..bench.plot import has_matplotlib, require_matplotlib, roofline
+    from ..bench import machine, report, session, timing
+    from ..bench.plot import has_matplotlib, roofline
 
-    device = _device(args.device)
-    workloads = _workloads(args, device)
-    shapes = _shapes(args, device)
-    if args.bench == "ops":
-        _check_operators(args, device, workloads)
-    if args.bench == "generate":
-        contestants.select(args.only, args.skip, args.peers)
-        _check_memory(args, device, shapes, workloads)
-    if args.plot is not None:
-        require_matplotlib()
-        if args.plot.suffix not in PICTURES:
-            known = ", ".join(PICTURES)
-            raise ValueError(f"--plot is {str(args.plot)!r}, expected a name that ends in {known}")
-        if not args.plot.parent.is_dir():
-            raise ValueError(f"--plot: the folder {args.plot.parent} does not exist")
-    budget = _budget(args)
+    device = machine.find_device(args.device, "--device")
+    work = {"ops": _ops, "layer": _layer, "generate": _generate}[args.bench](args, device)
+    _check_picture(args.plot)
+    budget = bench_setup.find_budget(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     stream = sys.stderr if args.json else sys.stdout
@@ -139,26 +145,26 @@ def run(args: argparse.Namespace) -> int:
         print(text, file=stream, flush=True)
 
     card, clock = machine.card(device), timing.clock_for(device)
-    dtypes = [getattr(torch, name) for name in args.dtype]
-    ceilings = machine.measure_ceilings(device, dtypes, clock)
+    ceilings = machine.measure_ceilings(device, bench_setup.find_dtypes(args), clock)
     path = args.out or report.default_path(card)
-    steps = args.bench == "generate"
+    if args.bench == "generate":
+        clock = timing.WallClock(device)
     conditions = {
         "command": _command(args),
-        "clock": timing.WallClock(device).description if steps else clock.description,
+        "clock": clock.description,
         "seconds_per_case": budget.seconds,
         "seed": args.seed,
     }
-    with report.Report(path, say) as out:
+    compiled = getattr(args, "compile", False)
+    with report.Results(path, say) as out:
         out.head(card, ceilings, conditions)
         if warning := machine.busy(card):
             say(f"NOTE: {warning}")
-        measure = {"ops": _ops, "layer": _layer, "generate": _generate}[args.bench]
-        wrong = measure(args, shapes, workloads, dtypes, device, clock, ceilings, budget, out)
+        wrong = work(session.Session(device, clock, ceilings, budget, out, compiled, args.seed))
         out.add({"record": "end", **machine.state(device)})
         say(f"\n{len(out.records)} records appended to {path}")
         if wrong:
-            say(f"{wrong} of our own implementations did not pass the correctness check")
+            say(f"{wrong} results did not pass the correctness check, those of peers left aside")
     if args.plot is None and not has_matplotlib():
         say("no roofline drawn: matplotlib is not installed (pip install 'falcon-h1r[bench]')")
     elif args.plot is not None or any(r.get("status") == "timed" for r in out.records):
@@ -170,177 +176,84 @@ def run(args: argparse.Namespace) -> int:
     return WRONG if wrong else 0
 
 
-def _ops(args, shapes, workloads, dtypes, device, clock, ceilings, budget, out) -> int:
-    from ..bench import operator_bench, registry, tune
-
-    found = registry.cases(list(shapes), args.ops, dtypes, workloads, shapes)
-    if not args.tune:
-        return operator_bench.run(
-            found, device, clock, ceilings, budget, out, args.compile, args.seed
-        )
-    return sum(tune.run(case, device, clock, ceilings, budget, out, args.seed) for case in found)
+# Each of these checks what its command was given, and returns what measures it: called with the
+# session, that returns the number of results which are wrong.
 
 
-def _layer(args, shapes, workloads, dtypes, device, clock, ceilings, budget, out) -> int:
+def _ops(args: argparse.Namespace, device):
+    from ..bench import operator_bench, tune
+    from ..bench.user_operator import check_signature
+
+    if args.tune and not args.ops:
+        raise ValueError("--tune: give the operator with --op NAME")
+    if args.tune and args.impl:
+        raise ValueError("--tune: not with --impl, which has no configurations")
+    if args.tune and device.type != "cuda":
+        raise ValueError(f"--tune: kernels are tuned on a GPU, --device is {device}")
+    user = bench_setup.find_user_operators(args)
+    cases = bench_setup.find_cases(args, device, {one.op for one in user})
+    for one in user:
+        own = [case for case in cases if case.op == one.op]
+        if not own:
+            raise ValueError(f"--impl {one.name}: no case of {one.op} is among what is measured")
+        try:
+            for case in own:
+                check_signature(one, case)
+        except ValueError as error:
+            raise ValueError(f"--impl {error}") from None
+    if args.tune:
+        return lambda session: sum(tune.run(case, session) for case in cases)
+    return lambda session: operator_bench.run(cases, replace(session, user=user))
+
+
+def _layer(args: argparse.Namespace, device):
     from ..bench import layer
 
-    options = (device, clock, ceilings, budget, out, args.compile, args.seed)
-    return sum(
-        layer.run(name, config, workloads, dtype, *options)
+    workloads = bench_setup.find_workloads(args, device)
+    shapes = bench_setup.find_shapes(args, device)
+    return lambda session: sum(
+        layer.run(name, config, workloads, dtype, session)
         for name, config in shapes.items()
-        for dtype in dtypes
+        for dtype in bench_setup.find_dtypes(args)
     )
 
 
-def _generate(args, shapes, workloads, dtypes, device, clock, ceilings, budget, out) -> int:
-    from ..bench import generation_bench
+def _generate(args: argparse.Namespace, device):
+    from ..bench import contestants, generation_bench
     from ..model import FalconH1ForCausalLM
 
-    wrong = 0
-    for name, config in shapes.items():
-        for dtype in dtypes:
-            if args.model is not None:
-                load = FalconH1ForCausalLM.from_pretrained
-                model = load(args.model, dtype, device, revision=args.revision)
-            else:
-                model = generation_bench.random_model(config, dtype, device, args.seed)
-            options = (args.seed, args.peers, args.only, args.skip)
-            wrong += generation_bench.run(name, model, workloads, ceilings, budget, out, *options)
-            del model
-    return wrong
+    workloads = bench_setup.find_workloads(args, device)
+    shapes = bench_setup.find_shapes(args, device)
+    names = contestants.select(args.only, args.skip, args.peers)
+    bench_setup.check_memory(args, device, shapes, workloads)
+
+    def measure(session) -> int:
+        wrong = 0
+        for name, config in shapes.items():
+            for dtype in bench_setup.find_dtypes(args):
+                if args.model is not None:
+                    load = FalconH1ForCausalLM.from_pretrained
+                    model = load(args.model, dtype, device, revision=args.revision)
+                else:
+                    model = generation_bench.random_model(config, dtype, device, args.seed)
+                wrong += generation_bench.run(name, model, workloads, session, names)
+                del model
+        return wrong
+
+    return measure
 
 
-def _device(name: str | None):
-    import torch
+def _check_picture(path: Path | None) -> None:
+    from ..bench.plot import require_matplotlib
 
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}, expected cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ValueError(f"--device {name}: torch sees {count} GPUs")
-        torch.cuda.set_device(device.index or 0)
-    return device
-
-
-def _workloads(args: argparse.Namespace, device) -> list:
-    from ..bench.registry import CPU_WORKLOADS, GPU_WORKLOADS, QUICK_WORKLOADS
-
-    given = []
-    for phase, texts in (
-        ("prefill", args.prefill),
-        ("resume", args.resume),
-        ("decode", args.decode),
-    ):
-        given += [_workload(phase, text) for text in texts or ()]
-    if given:
-        return given
-    if args.quick:
-        return list(QUICK_WORKLOADS)
-    return list(GPU_WORKLOADS if device.type == "cuda" else CPU_WORKLOADS)
-
-
-def _workload(phase: str, text: str):
-    """`BxL`, `BxL@P` or `B@N` as a workload."""
-    from ..bench.registry import Workload
-
-    form = {"prefill": "BxL", "resume": "BxL@P", "decode": "B@N"}[phase]
-    rows, _, rest = text.partition("@" if phase == "decode" else "x")
-    length, _, past = ("1", "", rest) if phase == "decode" else rest.partition("@")
-    numbers = [rows, length] + ([] if phase == "prefill" else [past])
-    if not all(number.isdecimal() for number in numbers) or (phase == "prefill" and "@" in rest):
-        raise ValueError(f"--{phase} is {text!r}, expected {form}, all positive integers")
-    values = [int(number) for number in numbers]
-    if min(values) < 1 or (phase == "decode" and values[2] < 2):
-        least = "; N is at least 2" if phase == "decode" else ""
-        raise ValueError(f"--{phase} is {text!r}, expected {form}, all positive integers{least}")
-    if phase == "decode":
-        return Workload(phase, values[0], 1, values[2] - 1)
-    return Workload(phase, *values)
-
-
-def _shapes(args: argparse.Namespace, device) -> dict[str, Any]:
-    """Configs by the name that results will bear."""
-    from ..bench.registry import FAMILY as FIVE
-    from ..config import PRESETS, FalconH1Config
-
-    if getattr(args, "model", None) is not None:
-        if args.model_shape is not None:
-            raise ValueError("--model-shape: not with --model, which has a shape of its own")
-        return {args.model: FalconH1Config.from_pretrained(args.model, args.revision)}
-    if getattr(args, "revision", None) is not None:
-        raise ValueError("--revision: only with --model")
-    on_cpu = args.bench == "generate" and device.type == "cpu"
-    names = args.model_shape or ["falcon-h1-0.5b" if on_cpu else "falcon-h1r-7b"]
-    names = [one for name in names for one in (FIVE if name == FAMILY else (name,))]
-    found = {}
-    for name in names:
-        if name in PRESETS:
-            found[name] = FalconH1Config.preset(name)
-        elif name == DEFAULT_MODEL or Path(name).exists():
-            found[name] = FalconH1Config.from_pretrained(name)
-        else:
-            known = ", ".join((*PRESETS, DEFAULT_MODEL, FAMILY))
-            raise ValueError(f"--model-shape: {name!r} is neither a folder nor one of: {known}")
-    return found
-
-
-def _check_operators(args: argparse.Namespace, device, workloads) -> None:
-    from ..bench.registry import select
-
-    operators = select(args.ops)
-    phases = {w.phase for w in workloads}
-    if not any(phases & set(operator.phases) for operator in operators):
-        names, those = (", ".join(o.name for o in operators), ", ".join(sorted(phases)))
-        raise ValueError(f"no case to measure: {names} has no {those} shapes")
-    if args.tune and not args.ops:
-        raise ValueError("--tune: give the operator with --op NAME")
-    if args.tune and device.type != "cuda":
-        raise ValueError(f"--tune: kernels are tuned on a GPU, --device is {device}")
-
-
-def _check_memory(args: argparse.Namespace, device, shapes, workloads) -> None:
-    """Refuse a model that cannot fit before minutes go by in filling memory."""
-    import os
-
-    import torch
-
-    from ..bench.generation_bench import memory_bytes
-
-    if device.type == "cuda":
-        available = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
+    if path is None:
         return
-    for name, config in shapes.items():
-        for dtype in args.dtype:
-            needed = memory_bytes(config, workloads, getattr(torch, dtype))
-            if needed > available:
-                raise ValueError(
-                    f"generate {name} {dtype}: weights and cache take {needed / 1e9:.1f} GB, "
-                    f"{device} has {available / 1e9:.1f} GB; take a smaller --model-shape, or "
-                    f"fewer rows with --prefill and --decode"
-                )
-
-
-def _budget(args: argparse.Namespace):
-    from ..bench.timing import FULL, QUICK
-
-    budget = QUICK if args.quick else FULL
-    for name in ("seconds", "limit"):
-        if (given := getattr(args, name, None)) is None:
-            continue
-        if not 0 < given < float("inf"):
-            raise ValueError(f"--{name} is {given}, expected a number above 0")
-        budget = budget._replace(**{name: given})
-    return budget
+    require_matplotlib()
+    if path.suffix not in PICTURES:
+        known = ", ".join(PICTURES)
+        raise ValueError(f"--plot is {str(path)!r}, expected a name that ends in {known}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot: the folder {path.parent} does not exist")
 
 
 def _command(args: argparse.Namespace) -> str:

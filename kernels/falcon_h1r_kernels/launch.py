@@ -68,7 +68,7 @@ def operator(name: str, mutates_args: Collection[str] = ()) -> Callable:
         made = torch.library.custom_op(f"falcon_h1r::{name}", mutates_args=mutates_args)(
             on_its_device
         )
-        made.__class__ = Operator
+        made.__class__ = DirectOperator
         made.launch = on_its_device
         names = list(inspect.signature(launch).parameters)
         made.mutated = [names.index(argument) for argument in mutates_args]
@@ -77,7 +77,7 @@ def operator(name: str, mutates_args: Collection[str] = ()) -> Callable:
     return register
 
 
-class Operator(CustomOpDef):
+class DirectOperator(CustomOpDef):
     """An operator that goes past the dispatcher when nobody there has anything to do.
 
     Compilers, tracers, fake tensors and autograd need the registered operator. A plain call under

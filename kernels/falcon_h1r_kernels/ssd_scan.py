@@ -43,7 +43,7 @@ STAGED_LAUNCHES = 2  # more than a fused walk
 STAGED_PASSING = 0.1  # what one chunk adds to the chain of states, which nothing shortens
 
 
-class Plan(NamedTuple):
+class ScanPlan(NamedTuple):
     """`segments` has a meaning for the fused form only."""
 
     form: str
@@ -60,7 +60,7 @@ def plan(
     chunk_size: int = 128,
     multiprocessors: int = ASSUMED_MULTIPROCESSORS,
     form: str = "auto",
-) -> Plan:
+) -> ScanPlan:
     """The form (unless it is given) and the segments of the sequence that should take least time.
 
     tiles: programs per head (two of 64 channels for heads of 128); block: positions per chunk of
@@ -74,7 +74,7 @@ def plan(
     are taken.
     """
     if form == "staged":
-        return Plan("staged", 1)
+        return ScanPlan("staged", 1)
     programs, chunks = batch * heads * tiles, -(-length // block)
     choices = {}
     for asked in range(1, min(MAX_SEGMENTS, chunks) + 1):
@@ -86,8 +86,8 @@ def plan(
     staged = -(-programs * chunks // multiprocessors) * step
     staged += STAGED_PASSING * chunks + STAGED_LAUNCHES * LAUNCH
     if form == "auto" and staged < choices[best]:
-        return Plan("staged", 1)
-    return Plan("fused", best)
+        return ScanPlan("staged", 1)
+    return ScanPlan("fused", best)
 
 
 def _fused_time(programs: int, per_segment: int, segments: int, multiprocessors: int) -> float:

@@ -1,4 +1,4 @@
-"""What every kernel with a step of the recurrence contains: the step size, and the checks."""
+"""What the kernels with a step of the recurrence share: the step size, and the checks."""
 
 import math
 

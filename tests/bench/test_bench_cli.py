@@ -1,7 +1,6 @@
 """`falcon-h1r bench`: what reaches stdout, stderr and the file; refusals; exit statuses."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from falcon_h1r.bench import gate, machine
 from falcon_h1r.commands import bench
 from falcon_h1r.ops import TORCH
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ["--model-shape", "h1r-pico", "--prefill", "1x5", "--decode", "2@9", "--seconds", "0.001"]
 
 
@@ -37,7 +35,8 @@ def test_ops_prints_a_table_and_keeps_the_records(capsys, tmp_path):
     assert status == 0 and picture.stat().st_size > 10_000
     assert "measured ceiling" in out and "ssd_step h1r-pico decode 2@9 bfloat16" in out
     assert "command: bench ops --ops rms_norm ssd_step" in out
-    assert "not run: needs a GPU" in out and f"{len(records)} records appended" in out
+    assert out.count("not run: triton: needs a GPU") == 1, "not in every case"
+    assert f"{len(records)} records appended" in out
     cases = {(r["op"], r["phase"], r["dtype"]) for r in records if r["record"] == "result"}
     assert cases == {
         (*case, dtype)
@@ -95,7 +94,7 @@ def test_a_wrong_implementation_of_ours_is_exit_status_1(capsys, tmp_path, monke
     monkeypatch.setattr(gate, "torch_form", wrong)
     status, out, _, records = bench_run(capsys, tmp_path, "ops", "--op", "rms_norm")
     assert status == bench.WRONG == 1
-    assert "WRONG, not timed" in out and "2 of our own implementations did not pass" in out
+    assert "WRONG, not timed" in out and "2 results did not pass the correctness check" in out
     assert [r["status"] for r in records if r.get("implementation") == "torch"] == ["wrong"] * 2
 
 
@@ -155,27 +154,20 @@ def test_missing_matplotlib_is_said_before_anything_is_measured(capsys, monkeypa
 def test_defaults(monkeypatch):
     from falcon_h1r.bench.registry import CPU_WORKLOADS, FAMILY, GPU_WORKLOADS
     from falcon_h1r.cli import build_parser
+    from falcon_h1r.commands.bench_setup import find_budget, find_shapes, find_workloads
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
 
     def parsed(*argv):
         return build_parser().parse_args(["bench", *argv])
 
-    assert bench._workloads(parsed("ops"), cpu) == list(CPU_WORKLOADS)
-    assert bench._workloads(parsed("ops"), gpu) == list(GPU_WORKLOADS)
-    assert len(bench._workloads(parsed("ops", "--quick"), gpu)) == 2
-    assert list(bench._shapes(parsed("layer"), cpu)) == ["falcon-h1r-7b"]
-    assert list(bench._shapes(parsed("generate"), cpu)) == ["falcon-h1-0.5b"]
-    assert list(bench._shapes(parsed("generate"), gpu)) == ["falcon-h1r-7b"]
-    assert list(bench._shapes(parsed("ops", "--model-shape", "family"), cpu)) == list(FAMILY)
-    assert bench._budget(parsed("ops", "--quick")).seconds < bench._budget(parsed("ops")).seconds
-    assert bench._budget(parsed("ops", "--seconds", "3")).seconds == 3
-    assert bench._budget(parsed("generate", "--limit", "7")).limit == 7
-
-
-def test_the_script_is_the_command():
-    script = ROOT / "benchmarks" / "bench_ops.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--op", "nothing"], capture_output=True, text=True, cwd="/"
-    )
-    assert done.returncode == 2 and "no operator 'nothing'" in done.stderr
+    assert find_workloads(parsed("ops"), cpu) == list(CPU_WORKLOADS)
+    assert find_workloads(parsed("ops"), gpu) == list(GPU_WORKLOADS)
+    assert len(find_workloads(parsed("ops", "--quick"), gpu)) == 2
+    assert list(find_shapes(parsed("layer"), cpu)) == ["falcon-h1r-7b"]
+    assert list(find_shapes(parsed("generate"), cpu)) == ["falcon-h1-0.5b"]
+    assert list(find_shapes(parsed("generate"), gpu)) == ["falcon-h1r-7b"]
+    assert list(find_shapes(parsed("ops", "--model-shape", "family"), cpu)) == list(FAMILY)
+    assert find_budget(parsed("ops", "--quick")).seconds < find_budget(parsed("ops")).seconds
+    assert find_budget(parsed("ops", "--seconds", "3")).seconds == 3
+    assert find_budget(parsed("generate", "--limit", "7")).limit == 7

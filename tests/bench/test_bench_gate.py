@@ -1,20 +1,24 @@
 """The gate lets correct implementations through and nothing else."""
 
+import sys
 from functools import partial
 
 import pytest
 import torch
-from bench.tiny_bench import BUDGET, CPU, TWO_GROUPS, FakeClock, tiny_cases
+from bench.tiny_bench import BUDGET, CPU, TWO_GROUPS, FakeClock, tiny_cases, tiny_session
 
-from falcon_h1r.bench import contest, gate, implementations
-from falcon_h1r.bench.implementations import Bound, Implementation, contestants, ours
+from falcon_h1r import ops
+from falcon_h1r.bench import contest, gate, implementations, layer
+from falcon_h1r.bench.contest import Bound, Implementation
+from falcon_h1r.bench.implementations import away, contestants, ours
 from falcon_h1r.bench.operators import OPERATORS
 from falcon_h1r.bench.registry import Case, Workload
-from falcon_h1r.bench.timing import Budget
+from falcon_h1r.bench.timing import TimeBudget
 from falcon_h1r.generation.logprob import logprob
 from falcon_h1r.ops import REFERENCE, TORCH
 
-ONCE = Budget(seconds=0, least=1, most=1, warmup_calls=1)
+GPU = torch.device("cuda")
+ONCE = TimeBudget(seconds=0, least=1, most=1, warmup_calls=1)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FIELDS = ("rms", "worst", "rms_allowed", "worst_allowed", "slack")
 
@@ -23,7 +27,7 @@ FIELDS = ("rms", "worst", "rms_allowed", "worst_allowed", "slack")
 def test_our_forms_pass(dtype):
     for case in tiny_cases(dtypes=[dtype]):
         inputs = case.inputs()
-        truth = gate.find_truth(case, inputs)
+        truth = gate.find_expected(case, inputs)
         for form in (gate.reference, gate.torch_form):
             verdict = gate.judge(case.call(form(case), inputs), truth)
             assert verdict.passed, (str(case), verdict)
@@ -152,14 +156,14 @@ def test_planted_faults_are_refused(fault, dtype):
     op, function = FAULTS[fault]
     case = only(op, OPERATORS[op].phases[0], dtype)
     inputs = case.inputs()
-    verdict = gate.judge(case.call(function, inputs), gate.find_truth(case, inputs))
+    verdict = gate.judge(case.call(function, inputs), gate.find_expected(case, inputs))
     assert not verdict.passed and verdict.reason
 
 
 def test_a_past_that_is_not_masked_is_refused():
     case = only("attention", "resume")
     inputs = case.inputs()
-    truth = gate.find_truth(case, inputs)
+    truth = gate.find_expected(case, inputs)
     assert gate.judge(case.call(TORCH.attention, inputs), truth).passed
     everything = inputs | {"query_offset_b": inputs["query_offset_b"] + 1}
     assert not gate.judge(case.call(TORCH.attention, everything), truth).passed
@@ -168,17 +172,19 @@ def test_a_past_that_is_not_masked_is_refused():
 def test_wrong_numbers_and_shapes_of_outputs_are_refused():
     case = only("ssd_scan")
     inputs = case.inputs()
-    truth = gate.find_truth(case, inputs)
+    truth = gate.find_expected(case, inputs)
     y, state = case.call(TORCH.ssd_scan, inputs)
     assert gate.judge((y, state), truth).passed
     assert "1 outputs, expected 2" in gate.judge((y,), truth).reason
     assert "output 1 has shape" in gate.judge((y, state[:1]), truth).reason
+    assert "output 0 is torch.float64, expected" in gate.judge((y.double(), state), truth).reason
+    assert "output 1 is of type list, expected" in gate.judge((y, [state]), truth).reason
 
 
 def test_slack_widens_what_is_allowed():
     case = only("rms_norm")
     inputs = case.inputs()
-    truth = gate.find_truth(case, inputs)
+    truth = gate.find_expected(case, inputs)
     off = (case.call(TORCH.rms_norm, inputs)[0] * (1 + 3e-6),)
     assert not gate.judge(off, truth).passed and gate.judge(off, truth, slack=8).passed
 
@@ -190,7 +196,7 @@ def test_the_scans_truth_is_the_recurrence():
     inputs = case.inputs()
     doubled = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     exact = REFERENCE.ssd_scan(**doubled)
-    for found, expected in zip(gate.find_truth(case, inputs).outputs, exact):
+    for found, expected in zip(gate.find_expected(case, inputs).outputs, exact):
         assert torch.allclose(found, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -224,7 +230,7 @@ def test_a_wrong_implementation_is_reported_and_not_timed():
         spy("hungry", hungry),
         Implementation("away", None, "not installed"),
     ]
-    parts = contest.run(people, inputs, gate.find_truth(case, inputs), clock, BUDGET)
+    parts = contest.run(people, inputs, gate.find_expected(case, inputs), clock, BUDGET)
     assert {name: part["status"] for name, part in parts.items()} == {
         "right": "timed",
         "wrong": "wrong",
@@ -245,26 +251,38 @@ def test_timed_calls_overwrite_private_copies_only():
     inputs = case.inputs()
     before = inputs["state_bhpn"].clone()
     people = [ours(name, case, TORCH.ssd_step) for name in ("one", "two")]
-    parts = contest.run(people, inputs, gate.find_truth(case, inputs), FakeClock(), BUDGET)
+    parts = contest.run(people, inputs, gate.find_expected(case, inputs), FakeClock(), BUDGET)
     assert all(part["status"] == "timed" for part in parts.values())
     assert torch.equal(inputs["state_bhpn"], before)
 
 
 def test_nobody_is_left_out_silently():
-    names = {one.name: one for one in contestants(only("ssd_scan", length=70), CPU, compiled=True)}
-    assert list(names) == [
-        "reference",
-        "torch",
-        "torch.compile",
-        "triton",
-        "transformers",
-        "mamba_ssm",
-        "flash-linear-attention",
-    ]
+    people = contestants(only("ssd_scan", length=70), tiny_session(compiled=True))
+    names = {one.name: one for one in people}
+    assert list(names) == ["reference", "torch", "torch.compile", "transformers"]
     assert names["reference"].reason == "a Python loop over tokens"
-    assert names["triton"].reason.startswith("needs a GPU")
-    for name in ("mamba_ssm", "flash-linear-attention"):
-        assert names[name].bind is None and names[name].reason
+    reasons = away(CPU, ["ssd_scan"])
+    assert list(reasons) == ["triton", "mamba_ssm", "flash-linear-attention"]
+    assert reasons["triton"] == "needs a GPU" and all(reasons.values())
+    assert list(away(CPU, ["swiglu"])) == ["triton"]
+
+
+def test_the_compiled_table_is_what_is_compiled(monkeypatch):
+    """Of an operator, and of a layer; of an operator of no table, its torch form."""
+    compiled = []
+    table = TORCH._replace(rms_norm=lambda *args, **named: TORCH.rms_norm(*args, **named))
+    monkeypatch.setattr(implementations, "COMPILED", table)
+    monkeypatch.setattr(layer, "COMPILED", table)
+    monkeypatch.setattr(torch, "compile", lambda form, **options: compiled.append(form) or form)
+    session = tiny_session(compiled=True)
+    for case in (only("rms_norm"), only("rms_norm_residual")):
+        inputs = case.inputs()
+        (one,) = (p for p in contestants(case, session) if p.name == "torch.compile")
+        bound = one.bind(inputs)
+        assert gate.judge(bound.outputs(bound.call()), gate.find_expected(case, inputs)).passed
+    assert compiled == [table.rms_norm, gate.torch_form(only("rms_norm_residual"))]
+    layer.run("t", TWO_GROUPS, [Workload("decode", 1, 1, 4)], torch.float32, session)
+    assert compiled[-1].feed_forward.ops is table
 
 
 def test_plain_attention_is_not_timed_where_it_would_fill_memory():
@@ -272,8 +290,8 @@ def test_plain_attention_is_not_timed_where_it_would_fill_memory():
         tiny_cases(["attention"], workloads=[Workload("prefill", 1, l)], configs={"t": TWO_GROUPS})
         for l in (64, 8192)
     )
-    assert contestants(small, CPU)[0].bind is not None
-    assert "memory" in contestants(large, CPU)[0].reason
+    assert contestants(small, tiny_session())[0].bind is not None
+    assert "memory" in contestants(large, tiny_session())[0].reason
 
 
 @pytest.mark.parametrize("op", list(OPERATORS))
@@ -281,22 +299,21 @@ def test_on_a_gpu_the_kernels_take_part(op):
     """With the registry's arguments by name; run through Triton's interpreter, in float32."""
     case = only(op, OPERATORS[op].phases[0], length=5)
     inputs = case.inputs()
-    people = [p for p in contestants(case, torch.device("cuda")) if p.name == "triton"]
-    parts = contest.run(people, inputs, gate.find_truth(case, inputs), FakeClock(), ONCE)
+    people = [p for p in contestants(case, tiny_session(GPU)) if p.name == "triton"]
+    parts = contest.run(people, inputs, gate.find_expected(case, inputs), FakeClock(), ONCE)
     assert parts["triton"]["status"] == "timed", parts
     wide = only(op, OPERATORS[op].phases[0], torch.float64, length=5)
-    (triton,) = (p for p in contestants(wide, torch.device("cuda")) if p.name == "triton")
+    (triton,) = (p for p in contestants(wide, tiny_session(GPU)) if p.name == "triton")
     assert triton.bind is None and "float64" in triton.reason
 
 
 def test_kernels_that_cannot_be_imported_are_reported(monkeypatch):
-    def missing(case):
-        raise ImportError("No module named 'triton'")
-
-    monkeypatch.setattr(implementations, "kernel", missing)
-    people = contestants(only("rms_norm"), torch.device("cuda"))
-    (triton,) = (p for p in people if p.name == "triton")
-    assert triton.bind is None and triton.reason == "cannot be imported: No module named 'triton'"
+    monkeypatch.setitem(sys.modules, "falcon_h1r_kernels", None)
+    ops._triton.cache_clear()
+    reason = away(GPU, ["swiglu"])["triton"]
+    assert reason.startswith("the table TRITON cannot be made (import of falcon_h1r_kernels halted")
+    people = contestants(only("rms_norm"), tiny_session(GPU))
+    assert "triton" not in {one.name for one in people}
 
 
 def test_bound_results_come_back_in_the_registrys_layout():
@@ -309,5 +326,5 @@ def test_bound_results_come_back_in_the_registrys_layout():
         return Bound(call, lambda out: (out.view(inputs["x"].shape),))
 
     people = [Implementation("flat", bind)]
-    parts = contest.run(people, inputs, gate.find_truth(case, inputs), FakeClock(), BUDGET)
+    parts = contest.run(people, inputs, gate.find_expected(case, inputs), FakeClock(), BUDGET)
     assert parts["flat"]["status"] == "timed"

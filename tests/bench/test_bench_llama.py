@@ -218,7 +218,7 @@ def test_it_is_measured_beside_the_others(monkeypatch, dtype):
     monkeypatch.setattr(timing, "WallClock", lambda device: FakeClock())
     monkeypatch.setattr(llama_model, "WallClock", lambda device: FakeClock())
     workloads = [Workload("prefill", 1, 37), Workload("prefill", 2, 5), BEHIND]
-    with report.Report(None, lambda text: None) as out:
+    with report.Results(None, lambda text: None) as out:
         generation_bench.run(
             "t", model, workloads, CEILINGS, BUDGET, out, peers=True, only=["torch", "llama.cpp"]
         )

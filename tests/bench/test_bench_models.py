@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bench.tiny_bench import BARE_GATE, BUDGET, CEILINGS, CPU, TWO_GROUPS, FakeClock
+from bench.tiny_bench import BARE_GATE, BUDGET, CPU, TWO_GROUPS, FakeClock, tiny_session
 from models import make_config, rms_error
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,10 +29,9 @@ BIASED = make_config("all_biases")
 
 
 def run_layer(config=TWO_GROUPS, dtype=torch.float32, workloads=WORKLOADS, compiled=False):
-    with report.Report(None, lambda text: None) as out:
-        options = (CPU, FakeClock(), CEILINGS, BUDGET, out, compiled)
-        wrong = layer.run("t", config, workloads, dtype, *options)
-    return out.records, wrong
+    session = tiny_session(compiled=compiled)
+    wrong = layer.run("t", config, workloads, dtype, session)
+    return session.results.records, wrong
 
 
 @pytest.mark.parametrize("config", [TWO_GROUPS, BARE_GATE, BIASED], ids=["groups", "bare", "bias"])
@@ -75,16 +74,14 @@ def test_a_layers_flops_hold_its_counted_products():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_table_and_transformers_pass(dtype):
     records, wrong = run_layer(dtype=dtype)
-    assert wrong == 0 and len(records) == 4 * len(WORKLOADS)
+    assert wrong == 0 and len(records) == 1 + 3 * len(WORKLOADS)
+    assert records[0]["record"] == "absent" and records.pop(0)["implementation"] == "triton"
     status = {(r["phase"], r["implementation"]): r["status"] for r in records}
     for phase in ("prefill", "resume", "decode"):
         for name in ("reference", "torch", "transformers"):
             assert status[phase, name] == "timed"
-        assert status[phase, "triton"] == "absent"
     bare, wrong = run_layer(BARE_GATE, dtype)
-    assert wrong == 0 and all(
-        r["status"] == "timed" for r in bare if r["implementation"] != "triton"
-    )
+    assert wrong == 0 and all(r["status"] == "timed" for r in bare[1:])
 
 
 def test_on_a_gpu_the_kernels_take_part():
@@ -95,8 +92,10 @@ def test_on_a_gpu_the_kernels_take_part():
         for w in (Workload("prefill", 1, 5), Workload("decode", 1, 1, 6)):
             inputs = layer.make_inputs(model, w, CPU, 0)
             layer.excite(model, 0, layer.bind(model, inputs).call)
-            people = [p for p in layer.contestants(model, w, gpu, False) if p.name == "triton"]
-            truth = layer.find_truth(model, inputs)
+            people = [
+                p for p in layer.contestants(model, w, tiny_session(gpu)) if p.name == "triton"
+            ]
+            truth = layer.find_expected(model, inputs)
             parts = contest.run(people, inputs, truth, FakeClock(), BUDGET._replace(most=1))
             assert parts["triton"]["status"] == "timed", parts
         whole = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
@@ -111,7 +110,7 @@ def test_on_a_gpu_the_kernels_take_part():
 
 def test_the_loop_is_not_timed_over_many_tokens():
     records, _ = run_layer(workloads=[Workload("prefill", 1, 65)])
-    assert records[0]["implementation"] == "reference" and records[0]["status"] == "absent"
+    assert records[1]["implementation"] == "reference" and records[1]["status"] == "absent"
 
 
 def faulty_step(state_bhpn, *args):
@@ -148,7 +147,7 @@ def faulty_attention(q_bhle, k_bjse, v_bjse, **options):
 def test_a_fault_anywhere_in_the_layer_is_refused(monkeypatch, field, fault, phase):
     monkeypatch.setattr(layer.ops, "REFERENCE", REFERENCE._replace(**{field: fault}))
     records, wrong = run_layer(dtype=torch.bfloat16)
-    status = {(r["phase"], r["implementation"]): r["status"] for r in records}
+    status = {(r["phase"], r["implementation"]): r["status"] for r in records[1:]}
     assert status[phase, "reference"] == "wrong" and status[phase, "torch"] == "timed"
     assert wrong >= 1
 
@@ -229,19 +228,24 @@ def test_excited_weights_let_every_part_of_a_block_show():
     assert added == pytest.approx(dict.fromkeys(added, 1.0), rel=0.05) and len(added) == 3
 
 
-def run_generate(model, monkeypatch, workloads=WORKLOADS, **options):
-    if not options.get("only"):  # compiling takes seconds
-        options["skip"] = [*options.get("skip", ()), contestants.COMPILED]
-    monkeypatch.setattr(timing, "WallClock", lambda device: FakeClock())
-    with report.Report(None, lambda text: None) as out:
-        wrong = generation_bench.run("t", model, workloads, CEILINGS, BUDGET, out, **options)
-    return out.records, wrong
+def run_generate(model, workloads=WORKLOADS, only=(), skip=(), peers=False):
+    """Records of results, and how many of ours were wrong; who is away is checked."""
+    if not only:  # compiling takes seconds
+        skip = [*skip, contestants.COMPILED]
+    session, names = tiny_session(), contestants.select(only, skip, peers)
+    wrong = generation_bench.run("t", model, workloads, session, names)
+    records = session.results.records
+    found = [r for r in records if r["record"] != "absent"]
+    away = {r["implementation"] for r in records if r["record"] == "absent"}
+    assert not away & {r["implementation"] for r in found}
+    assert {"triton"} & set(names) <= away or "triton" in {r["implementation"] for r in found}
+    return found, wrong
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_generation_beside_transformers(monkeypatch, dtype):
+def test_generation_beside_transformers(dtype):
     model = generation_bench.random_model(TWO_GROUPS, dtype, CPU, 0)
-    records, wrong = run_generate(model, monkeypatch, peers=True)
+    records, wrong = run_generate(model, peers=True)
     peers = [r for r in records if r["implementation"] == "transformers"]
     assert wrong == 0 and [r["status"] for r in peers] == ["timed"] * len(WORKLOADS)
 
@@ -274,9 +278,9 @@ def test_the_peers_step_is_ours(l):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_generation_counts_tokens_and_bytes(monkeypatch, dtype):
+def test_generation_counts_tokens_and_bytes(dtype):
     model = generation_bench.random_model(TWO_GROUPS, dtype, CPU, 0)
-    records, wrong = run_generate(model, monkeypatch)
+    records, wrong = run_generate(model)
     assert wrong == 0
     torchs = [r for r in records if r["implementation"] == "torch"]
     for r, w in zip(torchs, WORKLOADS, strict=True):
@@ -319,11 +323,9 @@ def test_a_table_that_decodes_wrongly_is_not_timed(monkeypatch, field, wrong):
     tables = {"torch": TORCH, "triton": TORCH._replace(**{field: wrong})}
     monkeypatch.setattr(contestants, "tables", lambda device, dtype: tables)
     model = generation_bench.random_model(TWO_GROUPS, torch.bfloat16, CPU, 0)
-    records, count = run_generate(model, monkeypatch, WORKLOADS[2:])
+    records, count = run_generate(model, WORKLOADS[2:], only=["torch", "triton"])
     status = {r["implementation"]: r["status"] for r in records}
-    through = "absent" if contestants.unusable(model) else "timed"
-    others = {"torch": "timed", contestants.ONEDNN: through}
-    assert (status, count) == (others | {"triton": "wrong"}, 1)
+    assert (status, count) == ({"torch": "timed", "triton": "wrong"}, 1)
 
 
 @torch.no_grad()
@@ -353,7 +355,7 @@ def test_memory_that_is_needed():
 @pytest.mark.slow  # compiles a step of each shape
 def test_compiled_models_take_part(monkeypatch):
     model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
-    records, wrong = run_generate(model, monkeypatch, only=["torch", contestants.COMPILED])
+    records, wrong = run_generate(model, only=["torch", contestants.COMPILED])
     assert wrong == 0
     names = [(r["phase"], r["implementation"], r["status"]) for r in records]
     assert names == [
@@ -387,8 +389,8 @@ def test_only_those_who_take_part_are_built(monkeypatch):
     model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
     monkeypatch.setattr(contestants.peer_model, "transformers_model", lambda model: 1 / 0)
     monkeypatch.setattr(contestants.llama_model, "llama_model", lambda model: 1 / 0)
-    records, wrong = run_generate(model, monkeypatch, peers=True, only=["torch", "triton"])
-    assert wrong == 0 and [r["implementation"] for r in records] == ["torch", "triton"] * 3
+    records, wrong = run_generate(model, peers=True, only=["torch", "triton"])
+    assert wrong == 0 and [r["implementation"] for r in records] == ["torch"] * 3
 
 
 def test_ratios_to_the_peers(monkeypatch):
@@ -404,16 +406,15 @@ def test_ratios_to_the_peers(monkeypatch):
     monkeypatch.setattr(generation_bench.timing, "measure", measure)
     records, _ = run_generate(
         model,
-        monkeypatch,
         WORKLOADS[2:],
         peers=True,
         skip=["reference", "torch, onednn", "llama.cpp"],
     )
-    ours, absent, peer = records
+    ours, peer = records
     assert ours["speed_over"] == {
         "transformers": pytest.approx({"p20": 1.5, "p50": 1.5, "p80": 2.4})
     }
-    assert absent["implementation"] == "triton" and "speed_over" not in peer
+    assert "speed_over" not in peer
     per_cent = 100 * ours["bytes"] / 2**28  # of what was read beside it, 256 MiB, in each round
     assert ours["percent_of_reading"] == pytest.approx(
         {"p20": 0.32 * per_cent, "p50": 0.35 * per_cent, "p80": 0.44 * per_cent}
@@ -423,7 +424,7 @@ def test_ratios_to_the_peers(monkeypatch):
     assert f"{ours['percent_of_reading']['p50']:.0f} % of reading memory" in line
 
 
-def test_memory_is_given_in_turns(monkeypatch):
+def test_memory_is_given_in_turns():
     w = Workload("decode", 1, 1, 5)
     people = {
         name: contestants.Contestant(name, extra=lambda w, n=extra: n)
@@ -448,9 +449,7 @@ def test_the_peers_that_do_not_fit_are_said_to_be_absent(monkeypatch):
     for room, status in ((cache + extra, "timed"), (cache + extra - 1, "absent")):
         free = room / generation_bench.MEMORY_SHARE + 1e-6
         monkeypatch.setattr(generation_bench.machine, "free_bytes", lambda device, f=free: f)
-        records, _ = run_generate(
-            model, monkeypatch, [w], peers=True, only=["torch", "transformers"]
-        )
+        records, _ = run_generate(model, [w], peers=True, only=["torch", "transformers"])
         assert [r["status"] for r in records] == ["timed", status]
 
 
@@ -458,7 +457,7 @@ def test_an_error_before_the_first_step_is_a_result_and_calls_are_closed(monkeyp
     model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
     closed = []
 
-    class Call:
+    class Closing:
         settings = "as they come"
 
         def __call__(self):
@@ -468,17 +467,18 @@ def test_an_error_before_the_first_step_is_a_result_and_calls_are_closed(monkeyp
             closed.append(1)
 
     made = contestants.make_step
-    steps = {"reference": lambda *a: 1 / 0, "torch": lambda *a: Call(), "torch, onednn": made}
+    steps = {"reference": lambda *a: 1 / 0, "torch": lambda *a: Closing(), "torch, onednn": made}
 
     def gather(model, names):
         pass_gate = lambda exact, ids: contestants.check(model, exact, ids)  # noqa: E731
-        return {
+        people = {
             name: contestants.Contestant(name, pass_gate, (lambda f: lambda *a: f(model, *a))(step))
             for name, step in steps.items()
         }
+        return people, {"triton": "needs a GPU"}
 
     monkeypatch.setattr(contestants, "gather", gather)
-    records, wrong = run_generate(model, monkeypatch, WORKLOADS[2:])
+    records, wrong = run_generate(model, WORKLOADS[2:])
     assert wrong == 1 and closed == [1]
     assert [r["status"] for r in records] == ["failed", "timed", "timed"]
     assert "ZeroDivisionError" in records[0]["reason"] and records[1]["settings"] == "as they come"
@@ -489,9 +489,7 @@ def test_a_peer_that_is_wrong_is_not_timed_and_no_fault_of_ours(monkeypatch):
     model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
     last = contestants.peer_model.last_logits
     monkeypatch.setattr(contestants.peer_model, "last_logits", lambda *a: last(*a) * 1.01)
-    records, wrong = run_generate(
-        model, monkeypatch, WORKLOADS[2:], peers=True, only=["torch", "transformers"]
-    )
+    records, wrong = run_generate(model, WORKLOADS[2:], peers=True, only=["torch", "transformers"])
     assert wrong == 0 and [r["status"] for r in records] == ["timed", "wrong"]
 
 
@@ -504,7 +502,7 @@ def test_a_sample_on_a_cpu_is_more_than_one_short_step(monkeypatch):
 
     monkeypatch.setattr(generation_bench.timing, "measure", measure)
     model = generation_bench.random_model(TWO_GROUPS, torch.float32, CPU, 0)
-    run_generate(model, monkeypatch, WORKLOADS[2:], only=["torch"])
+    run_generate(model, WORKLOADS[2:], only=["torch"])
     assert budgets == [BUDGET._replace(burst=generation_bench.BURST_SECONDS)]
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench.tiny_bench import BUDGET, CPU, FakeClock, tiny_cases
+from bench.tiny_bench import BUDGET, CPU, FakeClock, tiny_cases, tiny_session
 
 from falcon_h1r.bench import contest, gate, peers
 from falcon_h1r.bench.implementations import contestants
@@ -24,8 +24,8 @@ def test_adapters_are_for_operators_of_the_registry():
 def test_transformers_computes_the_same(dtype):
     for case in tiny_cases(list(TRANSFORMERS.adapters), [dtype]):
         inputs = case.inputs()
-        people = [one for one in contestants(case, CPU) if one.name == "transformers"]
-        truth = gate.find_truth(case, inputs)
+        people = [one for one in contestants(case, tiny_session()) if one.name == "transformers"]
+        truth = gate.find_expected(case, inputs)
         parts = contest.run(people, inputs, truth, FakeClock(), BUDGET)
         assert parts["transformers"]["status"] == "timed", (str(case), parts)
         assert parts["transformers"]["gate"]["slack"] == TRANSFORMERS.slack
@@ -41,23 +41,22 @@ def test_a_peer_goes_through_the_gate_like_everyone(monkeypatch):
     monkeypatch.setattr(peers, "PEERS", (wrong,))
     case = tiny_cases(["rope_key"])[0]
     inputs = case.inputs()
-    people = contestants(case, CPU)
-    parts = contest.run(people, inputs, gate.find_truth(case, inputs), FakeClock(), BUDGET)
+    people = contestants(case, tiny_session())
+    parts = contest.run(people, inputs, gate.find_expected(case, inputs), FakeClock(), BUDGET)
     assert parts["transformers"]["status"] == "wrong" and "seconds" not in parts["transformers"]
 
 
 def test_absent_and_broken_peers_are_reported(monkeypatch):
-    case = tiny_cases(["ssd_scan"])[0]
-    away = peers.Peer("away", "no_such_package_at_all.inside", {})
-    assert peers.why_not(away, case, GPU) == "not installed"
-    broken = peers.Peer("broken", "broken_package_for_a_test", {})
+    away = peers.PeerPackage("away", "no_such_package_at_all.inside", {})
+    assert peers.why_away(away, GPU) == "not installed"
+    broken = peers.PeerPackage("broken", "broken_package_for_a_test", {})
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: SimpleNamespace())
 
     def fail(name):
         raise OSError("undefined symbol")
 
     monkeypatch.setattr(peers.importlib, "import_module", fail)
-    reason = peers.why_not(broken, case, GPU)
+    reason = peers.why_away(broken, GPU)
     assert reason == "cannot be imported: OSError: undefined symbol"
 
 
@@ -68,7 +67,7 @@ def test_peers_that_need_a_gpu_say_so_and_refuse_what_they_cannot(monkeypatch):
     def reasons(op, dtype, device=GPU, model="two-groups"):
         case = next(c for c in tiny_cases([op], [dtype]) if (c.op, c.model) == (op, model))
         named = [peer for peer in peers.PEERS if op in peer.adapters]
-        return {peer.name: peers.why_not(peer, case, device) for peer in named}
+        return {p.name: peers.why_away(p, device) or p.refuses(case) for p in named}
 
     scan = reasons("ssd_scan", torch.bfloat16)
     assert set(scan) == {"transformers", "mamba_ssm", "flash-linear-attention"}

@@ -6,7 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench.tiny_bench import BUDGET, CEILINGS, CPU, TWO_GROUPS, FakeClock, temporary, tiny_cases
+from bench.tiny_bench import (
+    BUDGET,
+    CEILINGS,
+    CPU,
+    TWO_GROUPS,
+    FakeClock,
+    temporary,
+    tiny_cases,
+    tiny_session,
+)
 
 from falcon_h1r.bench import contest, machine, operator_bench, plot, report
 from falcon_h1r.bench.operators import Cost
@@ -48,9 +57,9 @@ TIMED = {
 def run_ops(path, lines=None, **options):
     cases = tiny_cases(workloads=[Workload("prefill", 1, 5)], configs={"t": TWO_GROUPS}, **options)
     say = [].append if lines is None else lines.append
-    with report.Report(path, say) as out:
+    with report.Results(path, say) as out:
         out.head(CARD, CEILINGS, {"clock": "fake"})
-        wrong = operator_bench.run(cases, CPU, FakeClock(), CEILINGS, BUDGET, out)
+        wrong = operator_bench.run(cases, tiny_session(results=out))
     return out.records, wrong
 
 
@@ -63,7 +72,13 @@ def test_records_follow_the_schema_and_the_file_holds_them_all(tmp_path):
     assert records[0]["format"] == report.FORMAT and records[0]["cpu"] == CARD["cpu"]
     assert records[1]["matmul"]["bfloat16"] == 2e11
     assert records[1]["bandwidths"][0] == {"size": 2**20, "read": 4e9, "copy": 5e9}
-    results = records[2:]
+    away = [r for r in records if r["record"] == "absent"]
+    first = {"record": "absent", "implementation": "triton", "reason": "needs a GPU"}
+    assert away[0] == first
+    assert {"mamba_ssm", "flash_attn"} < {r["implementation"] for r in away}
+    assert len(away) == len({r["implementation"] for r in away}), "once in a run"
+    assert "\n".join(lines).count("needs a GPU") == 1
+    results = records[2 + len(away) :]
     assert {r["record"] for r in results} == {"result"}
     for r in results:
         for name, kind in SHARED.items():
@@ -74,7 +89,6 @@ def test_records_follow_the_schema_and_the_file_holds_them_all(tmp_path):
         assert set(r) <= set(SHARED) | set(TIMED) | {"times_torch"}
     timed = [r for r in results if r["status"] == "timed"]
     assert {"reference", "torch"} <= {r["implementation"] for r in timed}
-    assert {"triton", "mamba_ssm"} <= {r["implementation"] for r in results if r not in timed}
     run_ops(path)
     assert len(path.read_text().splitlines()) == 2 * len(records), "a second run is appended"
 
@@ -195,20 +209,33 @@ def test_speed_is_compared_with_torchs():
         name: {"status": "timed", "reason": "", "seconds": {"p20": t, "p50": t, "p80": t}}
         for name, t in (("reference", 4.0), ("torch", 2.0), ("triton", 0.5))
     }
-    with report.Report(None, lambda text: None) as out:
-        out.results("title", {}, parts)
+    with report.Results(None, lambda text: None) as out:
+        out.table("title", {}, parts)
     assert [r["times_torch"] for r in out.records] == [0.5, 1.0, 4.0]
 
 
+def test_who_is_away_is_said_once_in_a_run():
+    lines = []
+    results = report.Results(None, lines.append)
+    results.absent({"a": "needs a GPU", "b": "not installed", "c": "needs a GPU"})
+    results.absent({"a": "needs a GPU", "b": "serves no float64"})
+    assert lines == [
+        "not run: a, c: needs a GPU",
+        "not run: b: not installed",
+        "not run: b: serves no float64",
+    ]
+    assert [r["implementation"] for r in results.records] == ["a", "b", "c", "b"]
+
+
 def test_a_case_without_memory_is_skipped_and_the_next_one_runs(tmp_path, monkeypatch):
-    find = operator_bench.gate.find_truth
+    find = operator_bench.gate.find_expected
 
     def hungry(case, inputs):
         if case.op == "rope":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return find(case, inputs)
 
-    monkeypatch.setattr(operator_bench.gate, "find_truth", hungry)
+    monkeypatch.setattr(operator_bench.gate, "find_expected", hungry)
     records, wrong = run_ops(None, ops=["rope", "swiglu"])
     assert wrong == 0
     skipped = [r for r in records if r["record"] == "skipped"]
@@ -223,6 +250,46 @@ def test_the_picture(tmp_path):
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
     with pytest.raises(ValueError, match="nothing was timed"):
         plot.roofline(records[:2], CEILINGS, CARD, path)
+
+
+def test_markers_tell_the_phases_and_a_legend_tells_the_markers(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: seen.append(figure))
+    timed = {"status": "timed", "bench": "ops", "op": "x", "implementation": "torch", "bytes": 10}
+    phases = {"prefill": "full", "resume": "left", "decode": "none"}
+    records = [
+        timed | {"phase": phase, "flops": 10 * n, "flops_per_second": 1e9 * n}
+        for n, phase in enumerate(phases, 1)
+    ]
+    plot.roofline(records, CEILINGS, CARD, tmp_path / "x.png")
+    (axes,) = seen[0].axes
+    dots = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    points = {line.get_ydata()[0]: line.get_fillstyle() for line in dots}
+    assert points == {1e9 * n: fill for n, fill in enumerate(phases.values(), 1)}
+    (legend,) = seen[0].legends
+    words = [text.get_text() for text in legend.get_texts()]
+    assert words == [
+        *("operator", "x", "implementation", "torch"),
+        *("phase", "prefill", "prefill behind a past", "decode"),
+    ]
+    fills = [handle.get_fillstyle() for handle in legend.legend_handles[-3:]]
+    assert fills == list(phases.values())
+    whole = [r | {"bench": "generate", "model": "m"} for r in records[:1]]
+    plot.roofline(whole, CEILINGS, CARD, tmp_path / "x.png")
+    assert [text.get_text() for text in seen[1].legends[0].get_texts()][:2] == ["model", "m"]
+
+
+def test_a_long_name_does_not_break_the_table():
+    lines, seconds = [], {"p20": 1.0, "p50": 1.0, "p80": 1.0}
+    rates = {"percent_of_ceiling": 1.0, "bytes_per_second": 1.0, "flops_per_second": 1.0}
+    part = {"status": "timed", "reason": "", "seconds": seconds, **rates}
+    names = ("torch", "a_package_with_a_long_name.kernels:my_scan")
+    report.Results(None, lines.append).table("title", {}, {name: dict(part) for name in names})
+    heading, *rows = lines[1:]
+    ends = [row.index("1.00 s") + len("1.00 s") for row in rows]
+    assert ends == [heading.index("median") + len("median")] * 2
 
 
 def test_without_matplotlib_the_command_that_helps_is_named(monkeypatch):

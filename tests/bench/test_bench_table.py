@@ -116,14 +116,14 @@ def test_bench_cpu_runs_a_part_and_prints_the_table(monkeypatch, capsys, tmp_pat
 def test_bench_cpu_names_what_the_command_knows(capsys, tmp_path, monkeypatch, script):
     """Its options go through the command's own parser, shapes and workloads."""
     from falcon_h1r.cli import build_parser
-    from falcon_h1r.commands import bench
+    from falcon_h1r.commands import bench_setup
 
     module = script("bench_cpu")
     monkeypatch.setattr(machine, "CPU_SIZES", (2**12,))
     argv = ["bench", "generate", "--prefill", *module.PREFILL, "--decode", *module.DECODE]
     args = build_parser().parse_args([*argv, "--model-shape", *module.PRESETS])
-    assert len(bench._workloads(args, None)) == 10
-    assert list(bench._shapes(args, machine.torch.device("cpu"))) == list(module.PRESETS)
+    assert len(bench_setup.find_workloads(args, None)) == 10
+    assert list(bench_setup.find_shapes(args, machine.torch.device("cpu"))) == list(module.PRESETS)
     argv += ["--model-shape", "tiny-90m", "--skip", "reference", "torhc"]
     assert "torhc" in run(capsys, *argv)[2]
 

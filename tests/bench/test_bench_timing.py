@@ -7,7 +7,7 @@ import torch
 from bench.tiny_bench import CPU, FakeClock
 
 from falcon_h1r.bench import timing
-from falcon_h1r.bench.timing import Budget, measure, percentile, summarise
+from falcon_h1r.bench.timing import TimeBudget, measure, percentile, summarise
 
 
 def test_percentiles_are_torchs():
@@ -26,7 +26,7 @@ def named(*names):
 def test_contestants_take_turns():
     calls = named("a", "b", "c")
     clock = FakeClock({calls["a"]: [0.2], calls["b"]: [0.2], calls["c"]: [0.2]})
-    out = measure(calls, clock, Budget(seconds=1.0, least=2, most=50, warmup_calls=2))
+    out = measure(calls, clock, TimeBudget(seconds=1.0, least=2, most=50, warmup_calls=2))
     names = [next(n for n, c in calls.items() if c is call) for call in clock.log]
     assert names[:6] == ["a", "a", "b", "b", "c", "c"], "warm-up"
     assert names[6:] == ["a", "b", "c"] * 5, "one second each, in turns"
@@ -36,14 +36,14 @@ def test_contestants_take_turns():
 def test_the_median_is_of_the_rounds_and_not_of_the_warm_up():
     calls = named("a")
     clock = FakeClock({calls["a"]: [90.0, 0.1, 5.0, 1.0, 4.0, 2.0, 3.0]})
-    out = measure(calls, clock, Budget(seconds=0.5, least=5, most=50, warmup_calls=1))
+    out = measure(calls, clock, TimeBudget(seconds=0.5, least=5, most=50, warmup_calls=1))
     assert out["a"].rounds == 5 and out["a"].samples[:2] == (0.1, 5.0)
     assert out["a"].p50 in (2.0, 3.0)
 
 
 def test_rounds_stay_within_bounds():
     fast, slow = named("a"), named("a")
-    budget = Budget(seconds=1.0, least=3, most=7, warmup_calls=1)
+    budget = TimeBudget(seconds=1.0, least=3, most=7, warmup_calls=1)
     assert measure(fast, FakeClock({fast["a"]: [1e-9]}), budget)["a"].rounds == 7
     assert measure(slow, FakeClock({slow["a"]: [100.0]}), budget)["a"].rounds == 3
     assert measure({}, FakeClock(), budget) == {}
@@ -52,12 +52,12 @@ def test_rounds_stay_within_bounds():
 def test_a_slow_call_is_warmed_up_once():
     calls = named("a")
     clock = FakeClock({calls["a"]: [100.0]})
-    measure(calls, clock, Budget(seconds=1.0, least=3, most=7, warmup_calls=4))
+    measure(calls, clock, TimeBudget(seconds=1.0, least=3, most=7, warmup_calls=4))
     assert len(clock.log) == 1 + 3
 
 
 def test_a_limit_goes_before_the_least_number_of_rounds():
-    budget = Budget(seconds=1.0, least=5, most=50, warmup_calls=1, limit=9.0)
+    budget = TimeBudget(seconds=1.0, least=5, most=50, warmup_calls=1, limit=9.0)
 
     def rounds(seconds, **options):
         calls = named("a", "b")
@@ -91,18 +91,20 @@ def test_a_sample_of_short_calls_is_the_mean_of_several():
             a, b = (counts[name] - before[name] for name in "ab")
             return 0.03 * a + 0.4 * b, None
 
-    out = measure(calls, Clock(), Budget(seconds=1.0, least=3, most=3, warmup_calls=1, burst=0.1))
+    out = measure(
+        calls, Clock(), TimeBudget(seconds=1.0, least=3, most=3, warmup_calls=1, burst=0.1)
+    )
     assert counts == {"a": 1 + 3 * 3, "b": 1 + 3}
     assert out["a"].samples == pytest.approx((0.03,) * 3) and out["b"].p50 == pytest.approx(0.4)
     counts["a"] = 0
-    measure({"a": calls["a"]}, Clock(), Budget(1.0, 1, 1, 1, burst=100.0))
+    measure({"a": calls["a"]}, Clock(), TimeBudget(1.0, 1, 1, 1, burst=100.0))
     assert counts["a"] == 1 + timing.MOST_CALLS
 
 
 def test_what_prepares_a_call_is_not_timed():
     log = []
 
-    class Step:
+    class Prepared:
         def prepare(self):
             log.append("prepare")
 
@@ -116,8 +118,8 @@ def test_what_prepares_a_call_is_not_timed():
             log.append("stop")
             return 0.03, 0.02
 
-    budget = Budget(seconds=0.1, least=1, most=1, warmup_calls=2, burst=0.07)
-    out = measure({"a": Step()}, Clock(), budget)["a"]
+    budget = TimeBudget(seconds=0.1, least=1, most=1, warmup_calls=2, burst=0.07)
+    out = measure({"a": Prepared()}, Clock(), budget)["a"]
     once = ["prepare", "start", "call", "stop"]
     assert log == [*once, *once, "prepare", "start", "call", "call", "stop"]
     assert (out.p50, out.host) == pytest.approx((0.015, 0.01))
@@ -161,7 +163,7 @@ class FakeGpu:
         self.now, self.log = 0.0, []
         gpu = self
 
-        class Event:
+        class FakeEvent:
             def __init__(self, enable_timing):
                 assert enable_timing
 
@@ -172,7 +174,7 @@ class FakeGpu:
             def elapsed_time(self, end):
                 return (end.at - self.at) * 1e3
 
-        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.log.append("wait"))
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=l2)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench.tiny_bench import BUDGET, CEILINGS, CPU, FakeClock, tiny_cases
+from bench.tiny_bench import FakeClock, tiny_cases, tiny_session
 
 from falcon_h1r.bench import report, tune
-from falcon_h1r.bench.tune import Candidate
+from falcon_h1r.bench.tune import Trial
 from falcon_h1r.ops import TORCH
 
 CASE = next(c for c in tiny_cases(["ssd_step"]))
@@ -36,8 +36,8 @@ def run(function, choices, seconds, case=CASE):
                 )
             ], None
 
-    with report.Report(None, lines.append) as out:
-        wrong = tune.tune(case, function, choices, CPU, Clock(), CEILINGS, BUDGET, out)
+    with report.Results(None, lines.append) as out:
+        wrong = tune.tune(case, function, choices, tiny_session(results=out, clock=Clock()))
     return out.records, lines, wrong
 
 
@@ -50,7 +50,7 @@ def kernel(*args, config="", form="auto", **inputs):
 
 
 def choices(*names):
-    return [Candidate(name, {"config": name}) for name in names]
+    return [Trial(name, {"config": name}) for name in names]
 
 
 def test_the_best_configuration_is_named_with_the_line_that_uses_it():
@@ -79,11 +79,11 @@ def test_wrong_and_broken_configurations_are_reported_and_never_best():
 
 def test_the_fastest_of_each_table_are_tried_together():
     tables = [
-        Candidate("staged default", {"form": "staged"}, -1),
-        Candidate("staged a1", {"form": "staged", "config": "a1"}, 0),
-        Candidate("staged a2", {"form": "staged", "config": "a2"}, 0),
-        Candidate("staged b1", {"form": "staged", "config": "b1"}, 1),
-        Candidate("staged b2", {"form": "staged", "config": "b2"}, 1),
+        Trial("staged default", {"form": "staged"}, -1),
+        Trial("staged a1", {"form": "staged", "config": "a1"}, 0),
+        Trial("staged a2", {"form": "staged", "config": "a2"}, 0),
+        Trial("staged b1", {"form": "staged", "config": "b1"}, 1),
+        Trial("staged b2", {"form": "staged", "config": "b2"}, 1),
     ]
     times = {"": 5.0, "a1": 4.0, "a2": 3.0, "b1": 9.0, "b2": 4.5, "a2,b2": 2.0}
     records, lines, wrong = run(kernel, tables, times)
@@ -92,34 +92,34 @@ def test_the_fastest_of_each_table_are_tried_together():
     assert tune.combine([(tables[1], 4.0)], 5.0) is None
 
 
-def test_candidates_are_the_kernels_tables(monkeypatch):
+def test_trials_are_the_kernels_tables(monkeypatch):
     module = SimpleNamespace(CONFIGS=(config("x"), config("half", torch.float16)))
     monkeypatch.setitem(sys.modules, "some_kernels", module)
     monkeypatch.setattr(tune, "kernel", lambda case: SimpleNamespace(__module__="some_kernels"))
-    assert tune.candidates(CASE) == [Candidate("x", {"config": "x"}, 0)]
+    assert tune.trials(CASE) == [Trial("x", {"config": "x"}, 0)]
     fused = SimpleNamespace(CONFIGS=(config("f"),))
     staged = SimpleNamespace(TABLES=((config("s"), config("h", torch.float16)), (config("t"),)))
     modules = {"falcon_h1r_kernels.ssd_fused": fused, "falcon_h1r_kernels.ssd_staged": staged}
     monkeypatch.setattr(tune.importlib, "import_module", modules.__getitem__)
     scan = next(c for c in tiny_cases(["ssd_scan"]))
-    assert tune.candidates(scan) == [
-        Candidate("fused default", {"form": "fused"}, -1),
-        Candidate("fused f", {"form": "fused", "config": "f"}, 0),
-        Candidate("staged default", {"form": "staged"}, -1),
-        Candidate("staged s", {"form": "staged", "config": "s"}, 0),
-        Candidate("staged t", {"form": "staged", "config": "t"}, 1),
+    assert tune.trials(scan) == [
+        Trial("fused default", {"form": "fused"}, -1),
+        Trial("fused f", {"form": "fused", "config": "f"}, 0),
+        Trial("staged default", {"form": "staged"}, -1),
+        Trial("staged s", {"form": "staged", "config": "s"}, 0),
+        Trial("staged t", {"form": "staged", "config": "t"}, 1),
     ]
 
 
 @pytest.mark.parametrize("op", [c.op for c in {c.op: c for c in tiny_cases()}.values()])
 def test_every_kernel_has_a_table(op):
     case = next(c for c in tiny_cases([op]) if c.op == op)
-    found = tune.candidates(case)
+    found = tune.trials(case)
     assert len({c.name for c in found}) == len(found) > 0
     for module in tune.FORMS.get(op, {}).values():
         assert hasattr(importlib.import_module(f"falcon_h1r_kernels.{module[0]}"), module[1])
 
 
 def test_no_tuning_on_a_cpu():
-    with report.Report(None, print) as out, pytest.raises(ValueError, match="tuned on a GPU"):
-        tune.run(CASE, CPU, FakeClock(), CEILINGS, BUDGET, out)
+    with pytest.raises(ValueError, match="tuned on a GPU"):
+        tune.run(CASE, tiny_session())

@@ -8,7 +8,9 @@ from models import make_config
 
 from falcon_h1r.bench.machine import Bandwidth, Ceilings
 from falcon_h1r.bench.registry import Workload, cases
-from falcon_h1r.bench.timing import Budget
+from falcon_h1r.bench.report import Results
+from falcon_h1r.bench.session import Session
+from falcon_h1r.bench.timing import TimeBudget
 
 TWO_GROUPS = make_config("two_groups", mamba_chunk_size=16)
 BARE_GATE = make_config("no_gated_norm")
@@ -24,7 +26,7 @@ CEILINGS = Ceilings(
     (Bandwidth(2**20, 4e9, 5e9), Bandwidth(2**28, 1e9, 2e9)),
     {torch.float32: 1e11, torch.bfloat16: 2e11, torch.float16: 3e11, torch.float64: 5e10},
 )
-BUDGET = Budget(seconds=1.0, least=3, most=5, warmup_calls=1)
+BUDGET = TimeBudget(seconds=1.0, least=3, most=5, warmup_calls=1)
 
 
 def tiny_cases(ops=(), dtypes=(torch.float32,), workloads=WORKLOADS, configs=CONFIGS):
@@ -48,6 +50,13 @@ class FakeClock:
         call()
         times = self.scripts.get(call, [0.5])
         return (times.pop(0) if len(times) > 1 else times[0]), None
+
+
+def tiny_session(device=CPU, results=None, **options) -> Session:
+    """A session whose clock counts; results: a Results, one without file and text by default."""
+    results = Results(None, lambda text: None) if results is None else results
+    clock = options.pop("clock", None) or FakeClock()
+    return Session(device, clock, CEILINGS, options.pop("budget", BUDGET), results, **options)
 
 
 def elements(tensors) -> int:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import triton.language as tl
-from interpret_memory import Fault, Memory
+from interpret_memory import Memory, MemoryFault
 from interpret_repair import Repaired, contiguous, mask_of, repair
 from interpret_sanitize import Sanitizer
 from interpret_speed import hasten
@@ -32,7 +32,7 @@ from triton.runtime.interpreter import (
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Fault", "Launch", "counted", "install", "only", "sanitized"]
+__all__ = ["Launch", "MemoryFault", "counted", "install", "only", "sanitized"]
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
@@ -61,7 +61,7 @@ def only(programs):
 
 @contextlib.contextmanager
 def sanitized():
-    """Raise Fault where a launch leaves a tensor argument's view or races."""
+    """Raise MemoryFault where a launch leaves a tensor argument's view or races."""
     _State.sanitizing += 1
     try:
         yield
@@ -120,7 +120,7 @@ def _launch(self, *args, **kwargs):
     grid = self.grid(arguments) if callable(self.grid) else self.grid
     grid = (*map(int, grid), 1, 1)[:3] if len(grid) < 3 else tuple(map(int, grid))
     if any(n > limit for n, limit in zip(grid, GRID_LIMITS, strict=True)):
-        raise Fault(f"kernel {self.fn.__name__}: grid {grid} exceeds {GRID_LIMITS}")
+        raise MemoryFault(f"kernel {self.fn.__name__}: grid {grid} exceeds {GRID_LIMITS}")
     run = {name: value for name, value in arguments.items() if name not in self.constexprs}
     tensors = [pair for name, value in run.items() for pair in _tensors(name, value)]
     for name, tensor in tensors:
@@ -151,7 +151,7 @@ def _run_programs(fn, arguments, grid, memory) -> None:
             memory.begin_program(index)
         try:
             fn(**arguments)
-        except Fault:
+        except MemoryFault:
             raise
         except Exception as error:
             words = f"kernel {fn.__name__}, program {index}: {error!r}"

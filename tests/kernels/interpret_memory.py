@@ -19,7 +19,7 @@ LARGE = 1 << 24  # bytes from which arrays are mapped
 MAP_NORESERVE = 0x4000  # Linux; mmap has no name for it
 
 
-class Fault(Exception):
+class MemoryFault(Exception):
     """What a kernel did that a GPU answers with wrong values or a crash."""
 
 
@@ -79,7 +79,7 @@ class Argument:
 
 
 class Memory:
-    """The tensor arguments of one launch; tells `observers` of every access, raises Fault.
+    """The tensor arguments of one launch; tells `observers` of every access, raises MemoryFault.
 
     named_tensors: pairs of name and tensor, in any order and with repetitions.
     """
@@ -181,8 +181,8 @@ class Memory:
             f"{argument.shape}, strides {argument.stride}"
         )
 
-    def fault(self, words: str) -> Fault:
-        return Fault(f"kernel {self.kernel}, program {self.index}: {words}")
+    def fault(self, words: str) -> MemoryFault:
+        return MemoryFault(f"kernel {self.kernel}, program {self.index}: {words}")
 
     def element(self, argument: Argument, unit_index: int) -> str:
         """Names a unit of an argument's region as an element offset."""

@@ -46,7 +46,10 @@ class _Marks:
 
 
 class Sanitizer:
-    """Raises Fault at the first race. Time counts programs and barriers; a program owns a span."""
+    """Raises MemoryFault at the first race.
+
+    Time counts programs and barriers; a program owns a span.
+    """
 
     def __init__(self):
         self.time = self.began = 0

@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 WHOLE = 2**28  # bytes of memory up to which gaps between a view's elements are copied too
 
 
-class Memory:
+class DeviceCopies:
     """Copies of tensors on the GPU; views of one memory stay views of one memory."""
 
     def __init__(self, device: str):
@@ -61,7 +61,7 @@ def install(device: str) -> None:
     run = JITFunction.run
 
     def run_there(kernel, *args, grid, warmup, **named):
-        memory = Memory(device)
+        memory = DeviceCopies(device)
         there = [memory.copy(value) for value in args]
         out = run(kernel, *there, grid=grid, warmup=warmup, **named)
         memory.bring_back()

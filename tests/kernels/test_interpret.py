@@ -363,7 +363,7 @@ def _no_op_kernel(x_ptr):
 
 
 def test_launches_that_no_gpu_takes():
-    with pytest.raises(interpret.Fault, match=r"_no_op_kernel: grid \(1, 65536, 1\)"):
+    with pytest.raises(interpret.MemoryFault, match=r"_no_op_kernel: grid \(1, 65536, 1\)"):
         _no_op_kernel[(1, 65536)](torch.empty(1))
     with pytest.raises(ValueError, match="x_ptr is on meta"):
         _no_op_kernel[(1,)](torch.empty(1, device="meta"))

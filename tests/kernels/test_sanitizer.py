@@ -22,7 +22,7 @@ def zeros(*shape, dtype=torch.float32):
 
 
 def fault(words, kernel, grid, *args, **options):
-    with pytest.raises(interpret.Fault, match=words) as caught:
+    with pytest.raises(interpret.MemoryFault, match=words) as caught:
         kernel[grid](*args, **options)
     assert str(caught.value).startswith(f"kernel {kernel.__name__}, program (")
     return str(caught.value)

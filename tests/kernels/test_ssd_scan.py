@@ -11,7 +11,7 @@ from falcon_h1r_kernels import ssd_fused, ssd_staged
 from falcon_h1r_kernels import ssd_scan as module
 from falcon_h1r_kernels.ssd_scan import (
     ASSUMED_MULTIPROCESSORS,
-    Plan,
+    ScanPlan,
     _multiprocessors,
     _ssd_scan_op,
     plan,
@@ -122,8 +122,8 @@ def watch_forms(monkeypatch):
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(ssd_staged, "launch_ssd_staged", lambda args: Plan("staged", 1))
-    watch(ssd_fused, "launch_ssd_fused", lambda args: Plan("fused", args[6]))
+    watch(ssd_staged, "launch_ssd_staged", lambda args: ScanPlan("staged", 1))
+    watch(ssd_fused, "launch_ssd_fused", lambda args: ScanPlan("fused", args[6]))
     return taken
 
 
@@ -134,12 +134,12 @@ def test_form_and_segments_are_those_of_the_plan(monkeypatch):
 
     def planner(b, h, l, **sizes):
         planned.append((b, h, l, sizes))
-        return Plan("fused", 3) if sizes["form"] == "fused" else Plan("staged", 1)
+        return ScanPlan("fused", 3) if sizes["form"] == "fused" else ScanPlan("staged", 1)
 
     monkeypatch.setattr(module, "plan", planner)
     for form in ("auto", "fused", "staged"):
         ssd_scan(**inputs, form=form, chunk_size=32)
-    assert taken == [Plan("staged", 1), Plan("fused", 3), Plan("staged", 1)]
+    assert taken == [ScanPlan("staged", 1), ScanPlan("fused", 3), ScanPlan("staged", 1)]
     sizes = {"tiles": 1, "block": 16, "chunk_size": 32, "multiprocessors": 132}
     assert planned == [(1, 2, 100, sizes | {"form": form}) for form in ("auto", "fused")]
 
@@ -156,35 +156,35 @@ def test_large_states_are_staged(monkeypatch):
     taken = watch_forms(monkeypatch)
     inputs = make_inputs(1, 5, 1, 16, 1, 257)
     assert_close(ssd_scan(**inputs), TORCH.ssd_scan(**inputs), 2e-6)
-    assert taken == [Plan("staged", 1)]
+    assert taken == [ScanPlan("staged", 1)]
 
 
 def test_the_rule():
     """What it says for an H100; the reasons are in `plan`."""
     for (batch, heads, length, tiles), expected in {
-        (1, 24, 64, 2): Plan("fused", 1),  # one chunk: nothing to cut
-        (1, 24, 512, 2): Plan("staged", 1),  # these three were measured
-        (1, 24, 4096, 2): Plan("staged", 1),
-        (8, 24, 4096, 2): Plan("staged", 1),
-        (1, 66, 512, 2): Plan("fused", 1),  # 132 programs on 132 places, and fewer launches
-        (64, 24, 4096, 2): Plan("staged", 1),
-        (1, 1, 4096, 1): Plan("staged", 1),  # one head: 64 chunks in parallel
+        (1, 24, 64, 2): ScanPlan("fused", 1),  # one chunk: nothing to cut
+        (1, 24, 512, 2): ScanPlan("staged", 1),  # these three were measured
+        (1, 24, 4096, 2): ScanPlan("staged", 1),
+        (8, 24, 4096, 2): ScanPlan("staged", 1),
+        (1, 66, 512, 2): ScanPlan("fused", 1),  # 132 programs on 132 places, and fewer launches
+        (64, 24, 4096, 2): ScanPlan("staged", 1),
+        (1, 1, 4096, 1): ScanPlan("staged", 1),  # one head: 64 chunks in parallel
     }.items():
         assert plan(batch, heads, length, tiles=tiles) == expected
-    assert plan(1, 24, 4096, form="fused") == Plan("fused", 5)  # 48 programs on 132 places
-    assert plan(2, 24, 4096, form="fused") == Plan("fused", 1)  # 96 fill most of them
+    assert plan(1, 24, 4096, form="fused") == ScanPlan("fused", 5)  # 48 programs on 132 places
+    assert plan(2, 24, 4096, form="fused") == ScanPlan("fused", 1)  # 96 fill most of them
     assert plan(1, 1, 4096, tiles=1, form="fused").segments > 8
-    assert plan(64, 24, 4096, form="staged") == Plan("staged", 1)
+    assert plan(64, 24, 4096, form="staged") == ScanPlan("staged", 1)
 
 
 def test_the_rule_follows_its_arguments():
     cut = [plan(1, 24, length, form="fused").segments for length in (64, 1024, 4096, 262144)]
     assert cut == sorted(cut) and cut[0] == 1 and cut[-1] > 4
-    assert plan(1, 24, 4096, multiprocessors=48) == Plan("fused", 1)  # already full
+    assert plan(1, 24, 4096, multiprocessors=48) == ScanPlan("fused", 1)  # already full
     assert plan(1, 24, 4096, multiprocessors=1000, form="fused").segments > 5
     small_chunks = plan(2, 24, 4096, chunk_size=16)  # eight times the states of 128
     assert (small_chunks.form, plan(2, 24, 4096).form) == ("fused", "staged")
-    assert plan(1, 24, 4096, block=4096) == Plan("fused", 1)  # a single chunk
+    assert plan(1, 24, 4096, block=4096) == ScanPlan("fused", 1)  # a single chunk
     for length in (1, 63, 64, 65, 1000, 5000):
         for heads in (1, 3, 24, 200):
             form, segments = plan(1, heads, length, form="fused")
@@ -286,7 +286,7 @@ def test_bytes_moved(monkeypatch):
     The plan for 24 heads and 4096 positions has four cuts: as many states per position.
     """
     assert plan(1, 24, 4096, form="fused").segments == 5
-    monkeypatch.setattr(module, "plan", lambda *args, **sizes: Plan("fused", 2))
+    monkeypatch.setattr(module, "plan", lambda *args, **sizes: ScanPlan("fused", 2))
     inputs = as_in_h1r(1024, 2)
     staged, kernels = moved_bytes(inputs, form="staged", config=FIVE_KERNELS)
     assert len(kernels) == 5

@@ -116,6 +116,6 @@ def test_counting_nests_and_needs_no_check(request):
     _copy_kernel[(1,)](x, y, 64, 64)
     assert [launch.issued_load_bytes for launch in outer] == [256, 128]
     assert inner == outer[1:]
-    with interpret.counted() as launches, pytest.raises(interpret.Fault):
+    with interpret.counted() as launches, pytest.raises(interpret.MemoryFault):
         _copy_kernel[(1,)](x, y, 65, 128)
     assert launches == []
