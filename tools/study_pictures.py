@@ -1,4 +1,4 @@
-"""Make the pictures of the README's Study chapter.
+"""Make the pictures of docs/study.md and docs/parity.md.
 
     python tools/study_pictures.py [--out tools/pictures]
 
