@@ -55,6 +55,14 @@ def test_blocks_that_do_not_run_parse(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_measurements_stay_in_the_scratch_folder(name):
+    """Without --out, `bench` adds to the results of the checkout."""
+    blocks = [block for block in blocks_of(ROOT / name) if block.runs]
+    commands = [command for block in blocks for command, _ in block.commands]
+    assert all("--out" in c for c in commands if c.startswith("falcon-h1r bench"))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_commands_in_the_prose_parse(name):
     for span in re.findall(r"`((?:falcon-h1r|python) [^`\n]+)`", prose_of(ROOT / name)):
         if len(span.split()) > 2 and span.split()[1] != "COMMAND":
