@@ -107,7 +107,8 @@ def strings_of(script: str) -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_links_lead_somewhere(name):
     path = ROOT / name
-    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         if not target.startswith(("http://", "https://", "#")):
             file, _, anchor = target.partition("#")
             assert (path.parent / file).exists(), f"{name} points to {target}"
