@@ -22,7 +22,13 @@ def page(tmp_path, monkeypatch):
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRITON_INTERPRET"):
         monkeypatch.setenv(name, "1")
     dtype = torch.get_default_dtype()
-    yield lambda blocks: [runner.run(b) for runner in [Runner(tmp_path)] for b in blocks]
+
+    def run(blocks):
+        runner = Runner(tmp_path)
+        for block in blocks:
+            runner.run(block)
+
+    yield run
     torch.set_default_dtype(dtype)
 
 
