@@ -1,4 +1,4 @@
-"""Whole models on a CPU beside transformers and llama.cpp: the README's table.
+"""Whole models on a CPU beside transformers and llama.cpp: the tables of docs/cpu.md.
 
     python benchmarks/bench_cpu.py --presets tiny-90m --dtypes float32 --work decode
     python benchmarks/bench_cpu.py -- --only torch transformers --seconds 5

@@ -1,4 +1,4 @@
-"""Print the README's parity table: how far the logits are from the float64 forward.
+"""Print the table of docs/parity.md: how far the logits are from the float64 forward.
 
     python tools/parity_table.py
 

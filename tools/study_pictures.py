@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Make the pictures of the model and of the study tools.
+=======
+"""Make the pictures of docs/study.md and docs/parity.md.
+>>>>>>> docs
 
     python tools/study_pictures.py [--out tools/pictures] [--only block parity dissect]
 
