@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Make the pictures of the model and of the study tools.
-=======
-"""Make the pictures of docs/study.md and docs/parity.md.
->>>>>>> docs
+"""Make the pictures of README.md, docs/study.md and docs/parity.md.
 
     python tools/study_pictures.py [--out tools/pictures] [--only block parity dissect]
 
@@ -23,9 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 import browser  # noqa: E402
 
-from falcon_h1r.checkpoint import load  # noqa: E402
+from falcon_h1r import FalconH1ForCausalLM  # noqa: E402
 from falcon_h1r.cli import main  # noqa: E402
-from falcon_h1r.commands.common import locate  # noqa: E402
 from falcon_h1r.study import dissect as dissection  # noqa: E402
 from falcon_h1r.study.block_picture import BOXES, block_svg  # noqa: E402
 from falcon_h1r.study.page import WIDE  # noqa: E402
@@ -37,7 +32,7 @@ SIZE = 1000, 720  # down to the legends of the two maps
 def block(out: Path) -> None:
     import torch
 
-    model = load(locate("h1r-pico"), dtype=torch.float32)
+    model = FalconH1ForCausalLM.from_pretrained("h1r-pico")
     found = dissection.dissect(model, [1, 2, 3], branch_switches=False)
     walk = {box.tap: found.walk[f"layers.0.{box.tap}"] for box in BOXES}
     title = "One hybrid block of h1r-pico"
