@@ -20,7 +20,6 @@ REFUSED, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 def build_parser():
     """The parser of all commands; each sets `run`, a function of the parsed arguments."""
-    from . import __version__
     from .commands import COMMANDS
     from .commands.grammar import Parser
 
@@ -30,7 +29,8 @@ def build_parser():
         epilog="falcon-h1r COMMAND --help lists a command's options; for example: falcon-h1r "
         'generate "What is 2+3?"',
     )
-    parser.add_argument("--version", action="version", version=f"falcon-h1r {__version__}")
+    version = sys.modules[__package__].__version__
+    parser.add_argument("--version", action="version", version=f"falcon-h1r {version}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     for add_to in COMMANDS:
         add_to(commands)

@@ -22,6 +22,15 @@ settings.register_profile("repository", deadline=None, derandomize=True, max_exa
 settings.load_profile("repository")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def terminal_that_takes_colours():
+    """Whatever the tests were started from, which may say NO_COLOR or be no terminal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TERM", "xterm-256color")
+        patch.delenv("NO_COLOR", raising=False)
+        yield
+
+
 def pytest_configure(config):
     # Workers of pytest-xdist share the cores: with all threads in each they wait for one another.
     if hasattr(config, "workerinput"):

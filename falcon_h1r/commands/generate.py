@@ -25,7 +25,13 @@ def add_to(commands) -> None:
     add_prompt_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat template")
     parser.add_argument(
-        "--samples", "--n", dest="n", type=int, default=1, metavar="N", help="texts to make; 1"
+        "--samples",
+        "--n",
+        dest="n",
+        type=int,
+        default=1,
+        metavar="N",
+        help="texts to make; default: 1",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON document on stdout, at the end"
