@@ -105,7 +105,7 @@ def test_a_narrow_checkpoint_keeps_its_dtype(capsys, tmp_path, checkpoint):
     assert run(capsys, *argv, "--dtype", "float32")[0] == 0
 
 
-@pytest.mark.skipif(bool(llama_library.why_not()), reason=llama_library.why_not())
+@pytest.mark.skipif(bool(llama_library.why_not()), reason=f"llama.cpp: {llama_library.why_not()}")
 @torch.no_grad()
 def test_llama_cpp_reads_the_file(capsys, tmp_path):
     """The embedded model: the same likeliest tokens, and logits to float32's accuracy."""

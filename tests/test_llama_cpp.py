@@ -17,7 +17,9 @@ from falcon_h1r.checkpoint import gguf as writer
 FLOAT32_BOUND = 1e-5  # as in test_parity.py
 FLOAT16_CACHE_BOUND = 1e-3  # two float16 roundoffs: keys and values are rounded to it
 
-pytestmark = pytest.mark.skipif(bool(llama_library.why_not()), reason=llama_library.why_not())
+pytestmark = pytest.mark.skipif(
+    bool(llama_library.why_not()), reason=f"llama.cpp: {llama_library.why_not()}"
+)
 
 
 def distances(model, ids, start: int, **settings):

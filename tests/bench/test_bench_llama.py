@@ -24,7 +24,9 @@ FLOAT16_CACHE_BOUND = 1e-3
 PLAIN, FLASH = Setting(False, torch.float32), Setting(True, torch.float16)
 BEHIND = Workload("decode", 3, 1, 50)
 
-installed = pytest.mark.skipif(bool(llama_library.why_not()), reason=llama_library.why_not())
+installed = pytest.mark.skipif(
+    bool(llama_library.why_not()), reason=f"llama.cpp: {llama_library.why_not()}"
+)
 
 
 def test_where_it_does_not_take_part(monkeypatch):

@@ -23,7 +23,11 @@ if not NO_LLAMA and not import_error("llama_cpp"):
     ("engine", "per_layer"),
     [
         ("transformers", 12),
-        pytest.param("llama_cpp", 8, marks=pytest.mark.skipif(bool(NO_LLAMA), reason=NO_LLAMA)),
+        pytest.param(
+            "llama_cpp",
+            8,
+            marks=pytest.mark.skipif(bool(NO_LLAMA), reason=f"llama.cpp: {NO_LLAMA}"),
+        ),
     ],
 )
 def test_what_a_right_engine_dumps_is_ours(tmp_path, engine, per_layer):
