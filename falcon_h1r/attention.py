@@ -49,13 +49,10 @@ def attention(
     l, s = q_bhle.shape[2], k_bjse.shape[2]
     if query_offset_b is None and seq_idx_bl is None:
         assert l == s, (l, s)
-        return F.scaled_dot_product_attention(
-            q_bhle, k_bjse, v_bjse, is_causal=True, enable_gqa=True
-        )
-    visible = visible_keys(l, s, query_offset_b, seq_idx_bl, q_bhle.device)
-    return F.scaled_dot_product_attention(
-        q_bhle, k_bjse, v_bjse, attn_mask=visible, enable_gqa=True
-    )
+        where = {"is_causal": True}
+    else:
+        where = {"attn_mask": visible_keys(l, s, query_offset_b, seq_idx_bl, q_bhle.device)}
+    return F.scaled_dot_product_attention(q_bhle, k_bjse, v_bjse, enable_gqa=True, **where)
 
 
 def decode_attention_reference(
@@ -65,8 +62,10 @@ def decode_attention_reference(
 
     q_bhe: (b, h, e); k_bjse, v_bjse: (b, j, s, e); lengths_b: (b,), each >= 1. Returns (b, h, e).
     """
-    offset_b = _all_keys(k_bjse) if lengths_b is None else lengths_b - 1
-    return attention_reference(q_bhe[:, :, None], k_bjse, v_bjse, query_offset_b=offset_b)[:, :, 0]
+    if lengths_b is None:
+        lengths_b = torch.full((len(k_bjse),), k_bjse.shape[2], device=k_bjse.device)
+    q_bhle = q_bhe[:, :, None]
+    return attention_reference(q_bhle, k_bjse, v_bjse, query_offset_b=lengths_b - 1)[:, :, 0]
 
 
 def decode_attention(
@@ -94,11 +93,6 @@ def visible_keys(l: int, s: int, query_offset_b, seq_idx_bl, device) -> Tensor:
     if seq_idx_bl is not None:
         visible = visible & (seq_idx_bl[:, :, None] == seq_idx_bl[:, None, :])[:, None]
     return visible
-
-
-def _all_keys(k_bjse: Tensor) -> Tensor:
-    b, _, s, _ = k_bjse.shape
-    return torch.full((b,), s - 1, device=k_bjse.device)
 
 
 class FalconH1Attention(nn.Module):

@@ -106,10 +106,7 @@ class Cache:
         rows = torch.as_tensor(rows, device="cpu").flatten()
         whole = not rows.is_floating_point() and rows.dtype is not torch.bool
         if not (whole and len(rows) and 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size):
-            raise ValueError(
-                f"rows {rows.tolist()} must be integers among the {self.batch_size} rows, "
-                f"at least one"
-            )
+            raise ValueError(f"rows: {rows.tolist()}, expected some of 0 .. {self.batch_size - 1}")
         rows = rows.long()  # bytes would index as a mask
         on_device = rows.to(self.keys.device)
         tensors = (getattr(self, name).index_select(1, on_device) for name in TENSORS)
@@ -117,25 +114,13 @@ class Cache:
 
     def snapshot(self) -> Cache:
         """A copy of the present content; its max_length is the longest row."""
-        filled = max(int(self.lengths.max()), 1)
-        return Cache(
-            self.keys[:, :, :, :filled].clone(),
-            self.values[:, :, :, :filled].clone(),
-            self.windows.clone(),
-            self.states.clone(),
-            self.lengths.clone(),
-        )
+        tensors = self._first(max(int(self.lengths.max()), 1))
+        return Cache(*(tensor.clone() for tensor in tensors), self.lengths.clone())
 
     def restore(self, snapshot: Cache) -> None:
         """Go back to a snapshot of this cache, in place."""
         filled = snapshot.max_length
-        targets = (
-            self.keys[:, :, :, :filled],
-            self.values[:, :, :, :filled],
-            self.windows,
-            self.states,
-        )
-        pairs = list(zip(targets, (getattr(snapshot, name) for name in TENSORS)))
+        pairs = list(zip(self._first(filled), snapshot._first(filled)))
         if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in pairs):
             raise ValueError(
                 f"snapshot of {snapshot.batch_size} rows and {filled} positions does not fit a "
@@ -145,6 +130,10 @@ class Cache:
         for target, source in pairs:
             target.copy_(source)
         self.lengths.copy_(snapshot.lengths)
+
+    def _first(self, filled: int) -> tuple[Tensor, ...]:
+        """TENSORS, of keys and values the first `filled` positions."""
+        return self.keys[..., :filled, :], self.values[..., :filled, :], self.windows, self.states
 
     def save(self, path: str | Path, model) -> None:
         """Write the content as one safetensors file, with the fingerprint of `model`."""
@@ -158,12 +147,8 @@ class Cache:
         Raises ValueError when the file is not a cache, or was made with another config or weights.
         """
         content = cls(**read_tensors(path, (*TENSORS, "lengths"), model))
-        max_length = content.max_length if max_length is None else max_length
-        if max_length < content.max_length:
-            raise ValueError(
-                f"max_length {max_length} is below the {content.max_length} stored positions"
-            )
-        cache = model.new_cache(content.batch_size, max_length)
+        check_integer("max_length", max_length, content.max_length, none=True)
+        cache = model.new_cache(content.batch_size, max_length or content.max_length)
         cache.restore(content)
         return cache
 

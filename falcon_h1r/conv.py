@@ -59,14 +59,8 @@ def causal_conv1d(
     As an image of height 1, (b, l, c) is a channels-last image and need not be transposed.
     """
     if seq_idx_bl is not None:
-        return causal_conv1d_reference(
-            x_blc,
-            weight_cw,
-            bias_c,
-            initial_window_bvc=initial_window_bvc,
-            lengths_b=lengths_b,
-            seq_idx_bl=seq_idx_bl,
-        )
+        options = {"initial_window_bvc": initial_window_bvc, "lengths_b": lengths_b}
+        return causal_conv1d_reference(x_blc, weight_cw, bias_c, **options, seq_idx_bl=seq_idx_bl)
     c, w = weight_cw.shape
     assert x_blc.shape[-1] == c and (bias_c is None or bias_c.shape == (c,)), weight_cw.shape
     history_blc, _ = with_history(x_blc, w, initial_window_bvc, None)

@@ -56,10 +56,8 @@ def gated_rms_norm_reference(
     y, gate = y_bld.to(work), F.silu(z_bld.to(work))
     if weight_d is None:
         return (y * gate).to(y_bld.dtype)
-    assert weight_d.shape == y.shape[-1:] and y.shape[-1] % n_groups == 0, (
-        weight_d.shape,
-        n_groups,
-    )
+    fits = weight_d.shape == y.shape[-1:] and y.shape[-1] % n_groups == 0
+    assert fits, (weight_d.shape, n_groups)
     if not norm_before_gate:
         y = y * gate
     grouped = rearrange(y, "b l (g d) -> b l g d", g=n_groups)

@@ -36,16 +36,10 @@ class Ops(NamedTuple):
 
     def __repr__(self) -> str:
         """The nearest table's name, and what differs from it."""
-        tables = {"REFERENCE": REFERENCE, "TORCH": TORCH, "INDUCTOR": INDUCTOR}
-        if _triton.cache_info().currsize:
-            tables["TRITON"] = _triton()
-        differing = {
-            name: [f for f, a, b in zip(self._fields, self, table) if a is not b]
-            for name, table in tables.items()
-        }
-        name = min(differing, key=lambda name: len(differing[name]))
-        others = [f"{f}={_name(getattr(self, f))}" for f in differing[name]]
-        return f"{name} with {', '.join(others)}" if others else name
+        made = [n for n in NAMES if n != "triton" or _triton.cache_info().currsize]
+        others = [[f for f, a, b in zip(self._fields, self, table(n)) if a is not b] for n in made]
+        name, own = min(zip(made, others), key=lambda pair: len(pair[1]))
+        return f"{name.upper()} with another {', '.join(own)}" if own else name.upper()
 
 
 REFERENCE = Ops(
@@ -83,10 +77,6 @@ INDUCTOR = TORCH._replace(
 )
 
 
-def _name(function: Callable) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
-
-
 @functools.cache
 def _triton() -> Ops:
     try:
@@ -102,10 +92,8 @@ def _triton() -> Ops:
             swiglu,
         )
     except ImportError as error:
-        raise ValueError(
-            f"the table TRITON cannot be made ({error}); TORCH needs no kernels"
-        ) from error
-
+        message = f"the table TRITON cannot be made ({error}); TORCH needs no kernels"
+        raise ValueError(message) from error
     return Ops(
         rms_norm=rms_norm.rms_norm,
         gated_rms_norm=gated_rms_norm.gated_rms_norm,

@@ -44,22 +44,27 @@ def ssd_recurrent(
     seq_idx_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, one token after another: linear time, slow in Python."""
-    x, dt, A, B_blhn, C_blhn, state_bhpn = _prepare(
-        x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
-    )
+    inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
+    x, dt, A, B_blhn, C_blhn, state_bhpn = _prepare(*inputs)
     outputs = []
     for t in range(x.shape[1]):
         if seq_idx_bl is not None and t > 0:
             same_document_b = seq_idx_bl[:, t] == seq_idx_bl[:, t - 1]
             state_bhpn = state_bhpn * same_document_b[:, None, None, None]
-        decay_bh = torch.exp(dt[:, t] * A)
-        input_bhpn = torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B_blhn[:, t])
-        state_bhpn = decay_bh[..., None, None] * state_bhpn + input_bhpn
-        outputs.append(torch.einsum("bhpn,bhn->bhp", state_bhpn, C_blhn[:, t]))
+        token = x[:, t], dt[:, t], A, B_blhn[:, t], C_blhn[:, t]
+        y_bhp, state_bhpn = _one_token(state_bhpn, *token)
+        outputs.append(y_bhp)
     y = torch.stack(outputs, dim=1)
     if D_h is not None:
         y = y + D_h.to(x.dtype)[:, None] * x
     return y.to(x_blhp.dtype), state_bhpn
+
+
+def _one_token(state_bhpn, x_bhp, dt_bh, A_h, B_bhn, C_bhn) -> tuple[Tensor, Tensor]:
+    """y without D x, and the state after the token."""
+    input_bhpn = torch.einsum("bh,bhp,bhn->bhpn", dt_bh, x_bhp, B_bhn)
+    state_bhpn = torch.exp(dt_bh * A_h)[..., None, None] * state_bhpn + input_bhpn
+    return torch.einsum("bhpn,bhn->bhp", state_bhpn, C_bhn), state_bhpn
 
 
 def ssd_dual(
@@ -75,9 +80,8 @@ def ssd_dual(
     seq_idx_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = M x with M = (C B^T) o L o dt: attention without a softmax; memory quadratic in l."""
-    x, dt, A, B_blhn, C_blhn, state_bhpn = _prepare(
-        x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
-    )
+    inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
+    x, dt, A, B_blhn, C_blhn, state_bhpn = _prepare(*inputs)
     L_bqsh = decay_matrix(dt, A, seq_idx_bl).to(x.dtype)
     M_bqsh = torch.einsum("bqhn,bshn,bqsh,bsh->bqsh", C_blhn, B_blhn, L_bqsh, dt)
     y = torch.einsum("bqsh,bshp->bqhp", M_bqsh, x)
@@ -120,23 +124,17 @@ def ssd_chunked(
 ) -> tuple[Tensor, Tensor]:
     """The dual form inside chunks, the recurrence between them (paper section 6): linear in l."""
     assert chunk_size > 0 and x_blhp.shape[1] > 0, (chunk_size, x_blhp.shape)
-    outputs, state_bhpn = [], initial_state_bhpn
+    outputs, state_bhpn, documents = [], initial_state_bhpn, None
     for start in range(0, x_blhp.shape[1], chunk_size):
         chunk = slice(start, start + chunk_size)
-        documents = None if seq_idx_bl is None else seq_idx_bl[:, chunk]
-        if start > 0 and seq_idx_bl is not None:
-            same_document_b = seq_idx_bl[:, start] == seq_idx_bl[:, start - 1]
-            state_bhpn = state_bhpn * same_document_b[:, None, None, None]
-        y_bqhp, state_bhpn = ssd_dual(
-            x_blhp[:, chunk],
-            dt_blh[:, chunk],
-            A_h,
-            B_blgn[:, chunk],
-            C_blgn[:, chunk],
-            D_h,
-            initial_state_bhpn=state_bhpn,
-            seq_idx_bl=documents,
-        )
+        if seq_idx_bl is not None:
+            documents = seq_idx_bl[:, chunk]
+            if start > 0:
+                same_document_b = documents[:, 0] == seq_idx_bl[:, start - 1]
+                state_bhpn = state_bhpn * same_document_b[:, None, None, None]
+        x, dt, B, C = (t[:, chunk] for t in (x_blhp, dt_blh, B_blgn, C_blgn))
+        options = {"initial_state_bhpn": state_bhpn, "seq_idx_bl": documents}
+        y_bqhp, state_bhpn = ssd_dual(x, dt, A_h, B, C, D_h, **options)
         outputs.append(y_bqhp)
     return torch.cat(outputs, dim=1), state_bhpn
 
@@ -157,25 +155,21 @@ def ssd_step(
     """
     r = check_step_shapes(state_bhpn, x_bhp, dt_bh, B_bgn, C_bgn)
     work = compute_dtype(x_bhp)
-    x, dt, state, A = x_bhp.to(work), dt_bh.to(work), state_bhpn.to(work), A_h.to(work)
+    x, dt, state, A = (t.to(work) for t in (x_bhp, dt_bh, state_bhpn, A_h))
     B_bhn, C_bhn = (repeat(t.to(work), "b g n -> b (g r) n", r=r) for t in (B_bgn, C_bgn))
-    input_bhpn = torch.einsum("bh,bhp,bhn->bhpn", dt, x, B_bhn)
-    state = torch.exp(dt * A)[..., None, None] * state + input_bhpn
-    y = torch.einsum("bhpn,bhn->bhp", state, C_bhn)
+    y, state = _one_token(state, x, dt, A, B_bhn, C_bhn)
     if D_h is not None:
         y = y + D_h.to(work)[:, None] * x
     state_bhpn.copy_(state.detach())
     return y.to(x_bhp.dtype)
 
 
-def _prepare(x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl):
+def _prepare(x, dt, A, B, C, D, initial_state_bhpn, seq_idx_bl):
     """x, dt, A, B_blhn, C_blhn and the state in `compute_dtype`, B and C copied to the heads."""
-    b, _, h, p, g, n = check_shapes(
-        x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
-    )
-    work = compute_dtype(x_blhp)
-    x, dt, A = x_blhp.to(work), dt_blh.to(work), A_h.to(work)
-    B, C = (repeat(t.to(work), "b l g n -> b l (g r) n", r=h // g) for t in (B_blgn, C_blgn))
+    b, _, h, p, g, n = check_shapes(x, dt, A, B, C, D, initial_state_bhpn, seq_idx_bl)
+    work = compute_dtype(x)
+    x, dt, A, B, C = (t.to(work) for t in (x, dt, A, B, C))
+    B, C = (repeat(t, "b l g n -> b l (g r) n", r=h // g) for t in (B, C))
     if initial_state_bhpn is None:
         initial_state_bhpn = x.new_zeros(b, h, p, n)
     return x, dt, A, B, C, initial_state_bhpn.to(work)

@@ -30,7 +30,6 @@ SIZE = 1000, 720  # down to the legends of the two maps
 
 
 def block(out: Path) -> None:
-    import torch
 
     model = FalconH1ForCausalLM.from_pretrained("h1r-pico")
     found = dissection.dissect(model, [1, 2, 3], branch_switches=False)
