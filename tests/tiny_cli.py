@@ -51,12 +51,12 @@ def interrupting(monkeypatch, after: int):
     """Ctrl-C during forward number `after`, counted from 1."""
     from falcon_h1r.model import FalconH1ForCausalLM
 
-    forward, calls = FalconH1ForCausalLM.forward, []
+    run, calls = FalconH1ForCausalLM.run, []
 
     def wrapped(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == after:
             raise KeyboardInterrupt
-        return forward(self, *args, **kwargs)
+        return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(FalconH1ForCausalLM, "forward", wrapped)
+    monkeypatch.setattr(FalconH1ForCausalLM, "run", wrapped)

@@ -70,7 +70,8 @@ def add_to(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..study.parity_render import as_json, as_text, check_suffix, write_report
+    from ..study.parity_files import check_suffix, write_report
+    from ..study.parity_render import as_json, as_text
 
     if args.out is not None:
         check_suffix(args.out)

@@ -1,4 +1,4 @@
-"""A parity report as text, Markdown or JSON; `heat.py` draws it, `parity_page.py` makes a page."""
+"""A parity report as text, Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -6,38 +6,10 @@ import json
 import math
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 
-from ..files import whole_file
-from .budget import Parts
-from .heat import draw
+from .budget import ErrorParts
 from .parity import Report, Row
 from .parity_known import text_of
-
-FORMATS = (".md", ".json", ".html", ".png", ".svg", ".pdf")
-
-
-def write_report(report: Report, facts: dict, path: str | Path) -> None:
-    """Write the report; the suffix decides the form. Nothing half-written is left.
-
-    facts: what is stated above it: model, versions, inputs. Raises ValueError for another suffix,
-    and for a picture without matplotlib.
-    """
-    path = Path(path)
-    check_suffix(path)
-    with whole_file(path) as new:
-        if path.suffix in (".png", ".svg", ".pdf"):
-            draw(report, facts, new)
-        else:
-            from .parity_page import as_html
-
-            make = {".md": as_markdown, ".json": as_json, ".html": as_html}[path.suffix]
-            new.write_text(make(report, facts), encoding="utf-8")
-
-
-def check_suffix(path: str | Path) -> None:
-    if Path(path).suffix not in FORMATS:
-        raise ValueError(f"--out {path}: the name must end in one of {', '.join(FORMATS)}")
 
 
 def groups(report: Report) -> Iterator[tuple[tuple[str, str, str], list[Row]]]:
@@ -116,7 +88,7 @@ def numbers(row: Row) -> dict[str, str]:
         "theirs max": _number(row.peer_max),
         "ours / theirs": _ratio(row),
         "tolerance": _number(row.tolerance),
-        **dict(zip(Parts._fields, map(_number, parts))),
+        **dict(zip(ErrorParts._fields, map(_number, parts))),
     }
 
 

@@ -22,7 +22,7 @@ from falcon_h1r.study.parity import (
     make_inputs,
     transformers_peer,
 )
-from falcon_h1r.study.parity_render import write_report
+from falcon_h1r.study.parity_files import write_report
 
 
 @pytest.fixture(scope="module", autouse=True)
