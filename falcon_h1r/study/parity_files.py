@@ -1,4 +1,4 @@
-"""A parity report as a file: text by `parity_render`, a page by `parity_page`, a picture by `heat`."""
+"""A parity report as a file: text (`parity_render`), a page (`parity_page`), a picture (`heat`)."""
 
 from __future__ import annotations
 

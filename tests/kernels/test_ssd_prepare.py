@@ -140,8 +140,9 @@ def test_bmm(chunk, groups, packed, dtype):
 @pytest.mark.parametrize("l", [1, 127, 128, 129])
 @pytest.mark.parametrize("config", [config.name for config in BMM_CONFIGS])
 def test_every_bmm_configuration_at_real_size(config, l):
+    """Four rows: the error of one product, which a row of one token is, is a matter of luck."""
     dtype = next(c for c in BMM_CONFIGS if c.name == config).dtypes[0]
-    C, B = normal(1, l, 1, 256, dtype=dtype), normal(1, l, 1, 256, seed=1, dtype=dtype)
+    C, B = normal(4, l, 1, 256, dtype=dtype), normal(4, l, 1, 256, seed=1, dtype=dtype)
     found = chunk_bmm(C, B, 128, config=config)
     exact = torch_bmm(C, B, 128, None, torch.float64)
     assert_no_worse(found, torch_bmm(C, B, 128, None, torch.float32), exact)

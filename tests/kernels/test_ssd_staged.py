@@ -122,9 +122,9 @@ def test_scan(groups, packed, started, skip, dtype, way):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("l", [1, 2, 15, 16, 17, 31, 32, 33, 48, 49])
 def test_lengths_around_chunks(l, dtype, way):
-    inputs = make_inputs(1, l, 1, 32, 1, 32, dtype, seed=l)
-    initial = normal(1, 1, 32, 32, seed=9)
-    check(way, inputs, chunk=16, initial=initial, seq_idx=documents(1, l, seed=l))
+    inputs = make_inputs(2, l, 1, 32, 1, 32, dtype, seed=l)
+    initial = normal(2, 1, 32, 32, seed=9)
+    check(way, inputs, chunk=16, initial=initial, seq_idx=documents(2, l, seed=l))
 
 
 @pytest.mark.parametrize("way", WAYS)
