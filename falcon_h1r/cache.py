@@ -3,10 +3,9 @@
 Axes: N layers, b rows, j key/value heads, s positions, e head size, v conv history, c conv
 channels, h SSM heads, p channels per head, n state size.
 
-A cache is a value: named tensors and a length per row. Padding never enters it, so rows of one
-batch may have any lengths, and forking (`expand`), dropping or reordering (`select`) rows is
-indexing.
-An SSM state cannot be cropped to fewer tokens: `snapshot` before, `restore` after.
+A cache is a value: named tensors and a length per row. Padding never enters it, so rows may have
+any lengths, and forking (`expand`), dropping or reordering (`select`) rows is indexing. An SSM
+state cannot be cropped to fewer tokens: `snapshot` before, `restore` after.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class Cache:
     @classmethod
     def alloc(cls, config, batch_size: int, max_length: int, dtype, device) -> Cache:
         """Zeros for `batch_size` rows of up to `max_length` tokens each."""
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            check_integer(name, value, 1)
+        check_integer("batch_size", batch_size, 1)
+        check_integer("max_length", max_length, 1)
         layout = _layout(config, batch_size, max_length, dtype)
         tensors = (torch.zeros(shape, dtype=kind, device=device) for shape, kind in layout.values())
         return cls(*tensors, torch.zeros(batch_size, dtype=torch.int64, device="cpu"))
@@ -64,21 +63,14 @@ class Cache:
     def require_room(self, ends: Tensor) -> None:
         """Raise ValueError where a row cannot hold ends (b,) tokens; on the CPU."""
         if int(ends.max()) > self.max_length:
-            row = int(ends.argmax())
-            past = int(self.lengths[row])
+            past = int(self.lengths[row := int(ends.argmax())])
             raise ValueError(
                 f"cache full: row {row} holds {past} of {self.max_length} positions and "
                 f"{int(ends[row]) - past} more were given"
             )
 
-    @property
-    def batch_size(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def max_length(self) -> int:
-        """Tokens a row can hold."""
-        return self.keys.shape[3]
+    batch_size = property(lambda self: self.keys.shape[1])
+    max_length = property(lambda self: self.keys.shape[3], doc="Tokens a row can hold.")
 
     @property
     def nbytes(self) -> int:
@@ -123,9 +115,8 @@ class Cache:
         pairs = list(zip(self._first(filled), snapshot._first(filled)))
         if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in pairs):
             raise ValueError(
-                f"snapshot of {snapshot.batch_size} rows and {filled} positions does not fit a "
-                f"cache of {self.batch_size} rows and {self.max_length} positions, or is of "
-                f"another model"
+                f"snapshot of {snapshot.batch_size} rows and {filled} positions: it is of another "
+                f"model, or does not fit {self.batch_size} rows and {self.max_length} positions"
             )
         for target, source in pairs:
             target.copy_(source)
@@ -142,9 +133,9 @@ class Cache:
 
     @classmethod
     def load(cls, path: str | Path, model, max_length: int | None = None) -> Cache:
-        """Read a file written by `save`; max_length: room to allocate, at least what is stored.
+        """Read a file of `save`, with room for max_length tokens, at least the stored ones.
 
-        Raises ValueError when the file is not a cache, or was made with another config or weights.
+        Raises ValueError for another file, and for one that another config or weights made.
         """
         content = cls(**read_tensors(path, (*TENSORS, "lengths"), model))
         check_integer("max_length", max_length, content.max_length, none=True)

@@ -1,10 +1,9 @@
 """The short depthwise causal convolution over x, B and C, with SiLU.
 
 Axes: b batch, l length, c channels, w taps, v = w - 1 samples of history.
-A window_bvc holds the last v inputs of each row, oldest first; zeros stand for "before the start".
-Tap 0 multiplies the oldest sample. `seq_idx_bl` numbers the documents packed into a row, never
-decreasing along it: no tap reaches into another document, and a window belongs to its row's first
-(initial) or last (final) document.
+A window_bvc holds the last v inputs of each row, oldest first, zeros before the start; tap 0
+multiplies the oldest. `seq_idx_bl` numbers the documents packed into a row, never decreasing: no
+tap reaches into another document; a window belongs to the first (initial) or last (final) one.
 """
 
 import torch

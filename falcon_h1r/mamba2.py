@@ -4,6 +4,8 @@ Axes as in `ssd.py`, plus d model width. Prefill and decode share everything but
 the scan, so dt is prepared, and clamped, in one place.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ class Mamba2Mixer(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         d, h = config.hidden_size, config.mamba_n_heads
+        self.groups = config.mamba_n_groups, config.mamba_d_state
+        self.widths = [config.d_ssm, math.prod(self.groups), math.prod(self.groups)]  # of x, B, C
         self.in_proj = nn.Linear(d, config.d_in_proj, bias=config.mamba_proj_bias)
         self.conv1d = nn.Conv1d(
             config.conv_dim,
@@ -35,11 +39,9 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = nn.Linear(config.d_ssm, d, bias=config.projectors_bias)
 
     def _apply(self, fn, recurse=True):
-        """A_log, D and dt_bias stay at least float32 where a model is cast: they enter
-        exponentials."""
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
+        """A_log, D and dt_bias stay at least float32: they enter exponentials."""
+        for child in self.children() if recurse else ():
+            child._apply(fn)
 
         def wide(parameter: Tensor) -> Tensor:
             moved = fn(parameter)
@@ -50,18 +52,15 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, u_bld: Tensor, span, layer=None) -> Tensor:
         """(b, l, d) -> (b, l, d). span: `cache.Span`; layer: `cache.LayerCache` or None."""
-        c, ops = self.config, self.ops
-        groups = (c.mamba_n_groups, c.mamba_d_state)
-        bc_width = c.mamba_n_groups * c.mamba_d_state
-        work = compute_dtype(u_bld)
+        c, ops, work = self.config, self.ops, compute_dtype(u_bld)
 
         # 1. One projection, cut into five segments, each with its own multiplier.
         projected = self.in_proj(scaled(u_bld, c.ssm_in_multiplier))
         z, xBC, dt = projected.split([c.d_ssm, c.conv_dim, c.mamba_n_heads], dim=-1)
         z, dt = scaled(z, c.ssm_multipliers[0]), scaled(dt, c.ssm_multipliers[4])
         if c.ssm_multipliers[1:4] != (1.0, 1.0, 1.0):
-            segments = xBC.split([c.d_ssm, bc_width, bc_width], dim=-1)
-            xBC = torch.cat([m * s for m, s in zip(c.ssm_multipliers[1:4], segments)], dim=-1)
+            segments = zip(c.ssm_multipliers[1:4], xBC.split(self.widths, dim=-1))
+            xBC = torch.cat([multiplier * segment for multiplier, segment in segments], dim=-1)
 
         # 2. Step size and decay rate. dt = 0 makes right padding hold the state.
         dt = F.softplus(dt.to(work) + self.dt_bias.to(work)).clamp(*c.time_step_limit)
@@ -73,34 +72,15 @@ class Mamba2Mixer(nn.Module):
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         if span.is_step:
             xBC = ops.causal_conv1d_step(xBC[:, 0], layer.window_bvc, weight, bias)
-            x, B, C = xBC.split([c.d_ssm, bc_width, bc_width], dim=-1)
-            x, B, C = (
-                x.unflatten(-1, (c.mamba_n_heads, -1)),
-                B.unflatten(-1, groups),
-                C.unflatten(-1, groups),
-            )
+            x, B, C = self._heads(xBC)
             y = ops.ssd_step(layer.state_bhpn, x, dt[:, 0], A, B, C, self.D).flatten(-2)[:, None]
         else:
-            xBC, window = ops.causal_conv1d(
-                xBC,
-                weight,
-                bias,
-                initial_window_bvc=None if layer is None else layer.window_bvc,
-                lengths_b=span.lengths_b,
-                seq_idx_bl=span.seq_idx_bl,
-            )
-            x, B, C = xBC.split([c.d_ssm, bc_width, bc_width], dim=-1)
-            y, state = ops.ssd_scan(
-                x.unflatten(-1, (c.mamba_n_heads, -1)),
-                dt,
-                A,
-                B.unflatten(-1, groups),
-                C.unflatten(-1, groups),
-                self.D,
-                chunk_size=c.mamba_chunk_size,
-                initial_state_bhpn=None if layer is None else layer.state_bhpn,
-                seq_idx_bl=span.seq_idx_bl,
-            )
+            window, state = (None, None) if layer is None else (layer.window_bvc, layer.state_bhpn)
+            options = {"lengths_b": span.lengths_b, "seq_idx_bl": span.seq_idx_bl}
+            xBC, window = ops.causal_conv1d(xBC, weight, bias, initial_window_bvc=window, **options)
+            x, B, C = self._heads(xBC)
+            options = {"chunk_size": c.mamba_chunk_size, "seq_idx_bl": span.seq_idx_bl}
+            y, state = ops.ssd_scan(x, dt, A, B, C, self.D, initial_state_bhpn=state, **options)
             y = y.flatten(-2)
             if layer is not None:
                 layer.write_mixer(window, state)
@@ -111,3 +91,9 @@ class Mamba2Mixer(nn.Module):
         else:
             y = ops.gated_rms_norm(y, z, None, c.rms_norm_eps)
         return self.out_proj(y)
+
+    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., h, p), B and C (..., g, n)."""
+        x, B, C = xBC.split(self.widths, dim=-1)
+        heads = (self.config.mamba_n_heads, -1)
+        return x.unflatten(-1, heads), B.unflatten(-1, self.groups), C.unflatten(-1, self.groups)

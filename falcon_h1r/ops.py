@@ -2,21 +2,21 @@
 
 REFERENCE is the clearest statement of each operator and runs in float64; TORCH is the fast pure
 PyTorch form, the default on a CPU; INDUCTOR holds the forms that a compiled CPU graph is made of
-(`cpu/`), without gradients; TRITON holds the kernels of `falcon_h1r_kernels`, forward only, the
-default on a GPU. TRITON is made when it is first asked for, so that nothing else imports Triton. A
-model is built with one table, and mixing is explicit:
-`FalconH1ForCausalLM(config, ops=TORCH._replace(ssd_scan=REFERENCE.ssd_scan))`. Nothing falls back:
-an operator that cannot serve a request raises.
+(`cpu/`), without gradients; TRITON holds the kernels, forward only, the default on a GPU, made
+when it is asked for, so that nothing else imports Triton. A model is built with one table; mixing
+is explicit: `FalconH1ForCausalLM(config, ops=TORCH._replace(ssd_scan=my_scan))`. Nothing
+falls back: an operator that cannot serve a request raises.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from . import attention, conv, mlp, norm, rope, scan, ssd
-from .cpu import inductor
+from .cpu import inductor, step
 from .table_names import NAMES
 
 
@@ -62,7 +62,7 @@ TORCH = Ops(
     causal_conv1d=conv.causal_conv1d,
     causal_conv1d_step=conv.causal_conv1d_step,
     ssd_scan=scan.ssd_scan,
-    ssd_step=scan.ssd_step,
+    ssd_step=step.ssd_step,
     attention=attention.attention,
     decode_attention=attention.decode_attention,
     swiglu=mlp.swiglu_reference,
@@ -79,33 +79,14 @@ INDUCTOR = TORCH._replace(
 
 @functools.cache
 def _triton() -> Ops:
+    files = {"causal_conv1d": "conv1d", "causal_conv1d_step": "conv1d"}
+    names = [f"falcon_h1r_kernels.{files.get(name, name)}" for name in Ops._fields]
     try:
-        from falcon_h1r_kernels import (
-            attention,
-            conv1d,
-            decode_attention,
-            gated_rms_norm,
-            rms_norm,
-            rope,
-            ssd_scan,
-            ssd_step,
-            swiglu,
-        )
+        modules = [importlib.import_module(name) for name in names]
     except ImportError as error:
         message = f"the table TRITON cannot be made ({error}); TORCH needs no kernels"
         raise ValueError(message) from error
-    return Ops(
-        rms_norm=rms_norm.rms_norm,
-        gated_rms_norm=gated_rms_norm.gated_rms_norm,
-        rope=rope.rope,
-        causal_conv1d=conv1d.causal_conv1d,
-        causal_conv1d_step=conv1d.causal_conv1d_step,
-        ssd_scan=ssd_scan.ssd_scan,
-        ssd_step=ssd_step.ssd_step,
-        attention=attention.attention,
-        decode_attention=decode_attention.decode_attention,
-        swiglu=swiglu.swiglu,
-    )
+    return Ops(*(getattr(module, name) for module, name in zip(modules, Ops._fields)))
 
 
 def __getattr__(name: str) -> Ops:

@@ -1,4 +1,4 @@
-"""The chunked scan and the step of `ssd.py`, tuned for a CPU: the forms of the table TORCH.
+"""The chunked scan of `ssd.py`, tuned for a CPU: TORCH's `ssd_scan`.
 
 For each chunk the scan takes four steps, one function each:
 
@@ -17,10 +17,9 @@ from einops import rearrange
 from torch import Tensor
 
 from .precision import compute_dtype
-from .ssd import check_shapes, check_step_shapes
+from .ssd import check_shapes
 
 LONGEST_CHUNK = 64  # exponentials grow with it, products shrink below it
-STEP_BYTES = 2**20  # of states `ssd_step` takes at a time: three operators pass over them
 
 
 def ssd_scan(
@@ -36,9 +35,8 @@ def ssd_scan(
     seq_idx_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ssd.ssd_chunked` in chunks of at most LONGEST_CHUNK; extra memory is one chunk's."""
-    b, l, h, p, g, n = check_shapes(
-        x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
-    )
+    inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
+    b, l, h, p, g, n = check_shapes(*inputs)
     assert chunk_size > 0, chunk_size
     work, size, m = compute_dtype(x_blhp), min(chunk_size, LONGEST_CHUNK), state_products(b, h, g)
     A_gr1 = A_h.to(work).view(g, -1, 1)
@@ -99,7 +97,7 @@ def mixing_matrix(C_bgqn, B_bgsn, sum_bgrq, dt_bgrs, D_gr1, documents=None) -> T
     if documents is not None:
         own, _ = documents
         CB_bgqs = CB_bgqs * (own[:, :, None] == own[:, None, :])[:, None]
-    # The clamp touches the masked upper triangle only: no inf * 0 there.
+    # The clamp touches what `tril` made 0 only: no inf * 0 there.
     L_bgrqs = (sum_bgrq[..., :, None] - sum_bgrq[..., None, :]).to(dt_bgrs.dtype).clamp_(max=0)
     M_bgrqs = (L_bgrqs.exp_() * CB_bgqs[:, :, None]).mul_(dt_bgrs[..., None, :])
     if D_gr1 is not None:
@@ -140,17 +138,15 @@ def next_state(state, left_i11: Tensor, x_isp: Tensor, inputs_is1: Tensor, B_msn
 
 
 def state_products(b: int, h: int, g: int) -> int:
-    """How many products with the state: one for each head, which stays in a core's cache, where all
-    heads of all rows share one B and C; else one for each group of a row, since B and C are never
-    copied to the heads."""
+    """How many products with the state: one a head, which stays in a core's cache, where all heads
+    share one B and C; else one for each group of a row: B and C are not copied to the heads."""
     return h if b * g == 1 else b * g
 
 
 def first_state(initial_state_bhpn: Tensor | None, m: int, work: torch.dtype):
     """A state as (i, p, n) and as (m, k, n), views of one copy; None for zeros.
 
-    Views are made once: each costs two microseconds of the half millisecond that a chunk of a small
-    model takes.
+    A view costs two microseconds of the half millisecond that a chunk of a small model takes.
     """
     if initial_state_bhpn is None:
         return None
@@ -160,37 +156,6 @@ def first_state(initial_state_bhpn: Tensor | None, m: int, work: torch.dtype):
 
 
 def heads_in_sequence(x_bhsp: Tensor, work: torch.dtype) -> Tensor:
-    """x (i, s, p), contiguous: two products and a loop read it, and a head's rows lie a page apart
-    in x."""
+    """x (i, s, p), contiguous: three passes read it, and a head's rows lie a page apart in x."""
     x_bhsp = x_bhsp.to(work, memory_format=torch.contiguous_format).contiguous()
     return x_bhsp.view(-1, *x_bhsp.shape[2:])
-
-
-def ssd_step(
-    state_bhpn: Tensor,
-    x_bhp: Tensor,
-    dt_bh: Tensor,
-    A_h: Tensor,
-    B_bgn: Tensor,
-    C_bgn: Tensor,
-    D_h: Tensor | None = None,
-) -> Tensor:
-    """`ssd.ssd_step`, in place, a few rows at a time that stay in a core's cache."""
-    r = check_step_shapes(state_bhpn, x_bhp, dt_bh, B_bgn, C_bgn)
-    b, h, p, n = state_bhpn.shape
-    work = compute_dtype(x_bhp)
-    rows = max(1, STEP_BYTES // (h * p * n * work.itemsize))
-    if b > rows:
-        parts = (t.split(rows) for t in (state_bhpn, x_bhp, dt_bh, B_bgn, C_bgn))
-        return torch.cat([ssd_step(s, x, dt, A_h, B, C, D_h) for s, x, dt, B, C in zip(*parts)])
-
-    x, dt, B, C = (t.to(work) for t in (x_bhp, dt_bh, B_bgn, C_bgn))
-    state = state_bhpn.to(work, copy=torch.is_grad_enabled())  # no graph may grow in the cache
-    state.mul_(torch.exp(dt * A_h.to(work))[..., None, None])
-    xdt_bgrp1 = (x * dt[..., None]).view(b, h // r, r, p, 1)
-    state.view(b, h // r, r, p, n).addcmul_(xdt_bgrp1, B[:, :, None, None])
-    y = (state.reshape(b, h // r, -1, n) @ C[..., None]).view(b, h, p)
-    state_bhpn.copy_(state.detach())
-    if D_h is not None:
-        y.addcmul_(D_h.to(work)[:, None], x)
-    return y.to(x_bhp.dtype)

@@ -4,7 +4,7 @@
 
 `ssd_recurrent` walks along the sequence, `ssd_dual` multiplies by one (length, length) matrix like
 attention, and `ssd_chunked` does the second inside chunks and the first between them. `ssd_step` is
-one token of the recurrence. `scan.py` holds the chunked form and the step tuned for a CPU.
+one token of the recurrence. Tuned for a CPU: the chunked form in `scan.py`, the step in `cpu/`.
 
 Axes: b batch, l length, h heads, p channels per head, g groups (heads of one group share B and C;
 head i belongs to group i // (h/g)), r = h/g heads per group, n state size, q the position that
@@ -16,8 +16,8 @@ reads and s the position that is read. Common arguments:
     seq_idx_bl (b, l) numbers packed documents, never decreasing along a row: the state is cleared
     where the number changes; the initial state belongs to a row's first document, the final state
     to its last.
-    chunk_size: positions per chunk (config key mamba_chunk_size) in a chunked form; the result
-    depends on it by rounding only. Other forms accept and do not need it.
+    chunk_size: positions per chunk (config key mamba_chunk_size), which changes rounding only and
+    has no meaning in a form without chunks.
 
 Each returns y_blhp (b, l, h, p) in x's dtype and the final state (b, h, p, n) in `compute_dtype`,
 in which everything is computed. Every decay is exp of a difference of cumulative sums; the sums are

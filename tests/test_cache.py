@@ -276,7 +276,7 @@ def test_load_refuses_other_weights_configs_and_dtypes(tmp_path):
         with pytest.raises(ValueError, match=r"another model: fingerprint [0-9a-f]{64}") as caught:
             Cache.load(path, other)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-    with pytest.raises(ValueError, match=r"max_length 11 .* 12"):
+    with pytest.raises(ValueError, match=r"max_length is 11, expected .* 12"):
         Cache.load(path, model, max_length=11)
     with pytest.raises(FileNotFoundError):
         Cache.load(tmp_path / "absent", model)

@@ -8,7 +8,8 @@ from test_ops import DTYPES, TABLES
 from test_ssd import FLOAT64_BOUND, FORMS, make_inputs, make_seq_idx, normal
 
 from falcon_h1r import ssd
-from falcon_h1r.scan import ssd_scan, ssd_step
+from falcon_h1r.cpu.step import ssd_step
+from falcon_h1r.scan import ssd_scan
 from falcon_h1r.ssd import ssd_recurrent
 
 
@@ -63,7 +64,7 @@ def test_step_of_many_rows_is_each_row_alone(monkeypatch, rows, storage, no_grad
     """Rows are taken in pieces that fit a cache: here two of them, so that five make three."""
     x, dt, A, B, C, D = make_inputs(b=rows, l=1)
     start = normal(rows, 4, 3, 5, seed=9, dtype=storage)
-    monkeypatch.setattr("falcon_h1r.scan.STEP_BYTES", 2 * 8 * 4 * 3 * 5)
+    monkeypatch.setattr("falcon_h1r.cpu.step.STEP_BYTES", 2 * 8 * 4 * 3 * 5)
     state, expected_state = start.clone(), start.clone()
     arguments = x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D
     with torch.set_grad_enabled(not no_grad):
@@ -77,7 +78,7 @@ def test_step_of_many_rows_is_each_row_alone(monkeypatch, rows, storage, no_grad
 def test_step_has_gradients_and_keeps_no_graph_in_the_state(monkeypatch, rows):
     x, dt, A, B, C, D = make_inputs(b=rows, l=1)
     start = normal(rows, 4, 3, 5, seed=9)
-    monkeypatch.setattr("falcon_h1r.scan.STEP_BYTES", 2 * 8 * 4 * 3 * 5)
+    monkeypatch.setattr("falcon_h1r.cpu.step.STEP_BYTES", 2 * 8 * 4 * 3 * 5)
     leaves = [t.requires_grad_() for t in (x, dt, A, B, C, D)]
     expected_y, _ = ssd_recurrent(*leaves, initial_state_bhpn=start)
     expected = torch.autograd.grad(expected_y.square().sum(), leaves)

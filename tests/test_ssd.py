@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.falcon_h1.modeling_falcon_h1 import mamba2_chunk_scan
 
-from falcon_h1r import scan, ssd
+from falcon_h1r import ssd
+from falcon_h1r.cpu import step
 from falcon_h1r.scan import ssd_scan
 from falcon_h1r.ssd import ssd_chunked, ssd_dual, ssd_recurrent
 
@@ -27,7 +28,7 @@ FORMS = {
     "scan": ssd_scan,
 }
 CHUNKED = {"chunked": ssd_chunked, "scan": ssd_scan}
-STEPS = {"step": ssd.ssd_step, "tuned_step": scan.ssd_step}
+STEPS = {"step": ssd.ssd_step, "tuned_step": step.ssd_step}
 FLOAT64_BOUND = 1e-12
 
 

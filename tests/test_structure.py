@@ -41,6 +41,9 @@ ROOMS = [
 # Pairs of files that import each other, and are to be parted.
 FILE_LINES = 400
 LAYER_LINES = 700
+# Whole files, and what runs of them in a prefill and a step.
+LAYER_ROOMS = "attention mamba2 mlp block norm rope ssd scan conv cache precision ops".split()
+LAYER_FILE_LINES = 1300
 FRAMES_TO_SCAN = 6
 
 
@@ -206,13 +209,15 @@ def _run_and_record(record):
         sys.setprofile(None)
 
 
-def test_frames_from_generate_to_the_scan():
+def test_frames_from_generate_to_the_loop_over_chunks():
+    """`next_state` is called in each turn of the loop, by the frame that holds it."""
     depths = []
 
     def record(frame):
-        if frame.f_code.co_name != "ssd_scan":
+        if frame.f_code.co_name != "next_state":
             return
-        ours = 0
+        frame, ours = frame.f_back, 0
+        assert frame.f_code.co_name == "ssd_scan"
         while frame is not None:
             ours += frame.f_code.co_filename.startswith(str(PACKAGE))
             if frame.f_code.co_name == "generate":
@@ -227,23 +232,11 @@ def test_frames_from_generate_to_the_scan():
 def test_lines_to_understand_one_layer():
     """Every function that runs in a prefill and a step of one block, cache and operators included,
     with its docstring, plus the constructors of the layer's modules."""
-    model_rooms = {
-        "precision",
-        "norm",
-        "rope",
-        "attention",
-        "conv",
-        "ssd",
-        "scan",
-        "mamba2",
-        "mlp",
-        "block",
-        "cache",
-    }
     codes = set()
 
     def record(frame):
-        if room_of(Path(frame.f_code.co_filename)) in model_rooms:
+        path = Path(frame.f_code.co_filename)
+        if room_of(path) in LAYER_ROOMS or path == PACKAGE / "cpu" / "step.py":
             codes.add(frame.f_code)
 
     _run_and_record(record)
@@ -254,6 +247,23 @@ def test_lines_to_understand_one_layer():
         if not code.co_name.startswith("<"):
             lines += len(inspect.getsourcelines(code)[0])
     assert lines <= LAYER_LINES, lines
+
+
+def test_lines_of_the_layers_files():
+    files = [PACKAGE / f"{name}.py" for name in LAYER_ROOMS]
+    lines = sum(len(file.read_text().splitlines()) for file in files)
+    assert lines <= LAYER_FILE_LINES, lines
+
+
+def test_only_the_cpu_room_knows_a_compiler():
+    words = re.compile(r"is_compiling|torch\.library|as_buffer|torch\._dynamo|torch\._inductor")
+    found = {
+        room_of(path)
+        for path in source_files()
+        if words.search(path.read_text())
+        and room_of(path) != "bench"  # which measures the compiler
+    }
+    assert found == {"cpu"}
 
 
 def test_files_are_published_in_one_way():

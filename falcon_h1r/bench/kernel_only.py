@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .. import ssd
 from ..conv import causal_conv1d_reference, causal_conv1d_step
+from ..cpu.step import ssd_step
 from ..generation.logprob import logprob
 from ..norm import rms_norm, rms_norm_reference
 from ..precision import compute_dtype
-from ..scan import ssd_step
 from .mixer_operators import OPERATORS as MIXER
 from .mixer_operators import conv_step_inputs, ssd_step_inputs
 from .sizes import Alone, Cost, Draw, Operator, Size
