@@ -52,7 +52,7 @@ def attention(
         where = {"is_causal": True}
     else:
         where = {"attn_mask": visible_keys(l, s, query_offset_b, seq_idx_bl, q_bhle.device)}
-    return F.scaled_dot_product_attention(q_bhle, k_bjse, v_bjse, enable_gqa=True, **where)
+    return F.scaled_dot_product_attention(q_bhle, k_bjse, v_bjse, **where, enable_gqa=True)
 
 
 def decode_attention_reference(
