@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from html import escape
 from importlib.resources import files
 
-from .budget import ErrorParts
 from .parity import Report, Row
 from .parity_grid import DECADES, Grid, Panel, grid_of, layer_name
 from .parity_render import known_keys, lists, numbers, verdict
@@ -116,7 +115,8 @@ def _cell(grid: Grid, panel: Panel, row: Row, peer: str, notes: list[str]) -> st
         if not panel.within(row):
             kind, state = f"{kind} beyond", "beyond the budget; "
     found = {key: f"{key} {number}" for key, number in numbers(row).items() if number}
-    parts = [found.pop(key) for key in ErrorParts._fields if key in found]
+    own = row.parts._fields if row.parts else ()
+    parts = [found.pop(key) for key in own if key in found]
     first = (f"{panel.side} rms", "tolerance", f"{panel.side} max")
     says = ", ".join(found[key] for key in dict.fromkeys((*first, *found)) if key in found)
     says += f"; parts of ours: {', '.join(parts)}" if parts else ""
