@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bench.tiny_bench import BUDGET, CEILINGS, CPU, FakeClock
+from bench.tiny_bench import CPU, FakeClock, tiny_session
 from gguf_cases import CASES, case_model
 from models import random_ids, rms_error
 
@@ -12,7 +12,6 @@ from falcon_h1r.bench import (
     llama_library,
     llama_model,
     llama_peer,
-    report,
     timing,
 )
 from falcon_h1r.bench.llama_model import Setting
@@ -220,14 +219,14 @@ def test_it_is_measured_beside_the_others(monkeypatch, dtype):
     monkeypatch.setattr(timing, "WallClock", lambda device: FakeClock())
     monkeypatch.setattr(llama_model, "WallClock", lambda device: FakeClock())
     workloads = [Workload("prefill", 1, 37), Workload("prefill", 2, 5), BEHIND]
-    with report.Results(None, lambda text: None) as out:
-        generation_bench.run(
-            "t", model, workloads, CEILINGS, BUDGET, out, peers=True, only=["torch", "llama.cpp"]
-        )
-    rows = [r for r in out.records if r["implementation"] == "llama.cpp"]
+    session = tiny_session()
+    names = contestants.select(["torch", "llama.cpp"], (), True)
+    generation_bench.run("t", model, workloads, session, names)
+    records = session.results.records
+    rows = [r for r in records if r["implementation"] == "llama.cpp" and r["record"] != "absent"]
     assert [r["status"] for r in rows] == ["timed", "absent", "timed"]
     assert all("flash attention" in r["settings"] for r in rows if r["status"] == "timed")
-    assert "speed_over" not in rows[0] and "llama.cpp" in out.records[0]["speed_over"]
+    assert "speed_over" not in rows[0] and "llama.cpp" in records[0]["speed_over"]
 
 
 @installed

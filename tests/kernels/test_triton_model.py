@@ -19,7 +19,7 @@ from witness import make_witness, witness_logits
 from falcon_h1r import SamplingParams, generate
 from falcon_h1r import ops as operators
 from falcon_h1r.cli import main
-from falcon_h1r.ops import REFERENCE, TORCH, TRITON, Ops, default_table, table
+from falcon_h1r.ops import INDUCTOR, REFERENCE, TORCH, TRITON, Ops, default_table, table
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = ["h1r_like", "two_groups", "norm_before_gate", "no_gated_norm", "multi_query_odd_chunk"]
@@ -124,8 +124,9 @@ def test_backward_is_refused():
 
 
 def test_tables_by_name_and_by_device():
-    assert [table(name) for name in ("reference", "torch", "triton")] == [REFERENCE, TORCH, TRITON]
-    with pytest.raises(ValueError, match="reference, torch, triton"):
+    names = ("reference", "torch", "inductor", "triton")
+    assert [table(name) for name in names] == [REFERENCE, TORCH, INDUCTOR, TRITON]
+    with pytest.raises(ValueError, match=", ".join(names)):
         table("cuda")
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert default_table(cpu, torch.bfloat16) is TORCH
@@ -134,7 +135,8 @@ def test_tables_by_name_and_by_device():
 
 
 def test_missing_kernels_are_one_clear_error(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "falcon_h1r_kernels", None)
+    for name in [name for name in sys.modules if name.startswith("falcon_h1r_kernels")]:
+        monkeypatch.setitem(sys.modules, name, None)
     operators._triton.cache_clear()
     with pytest.raises(ValueError, match=r"TRITON cannot be made .*falcon_h1r_kernels.* TORCH"):
         default_table(torch.device("cuda"), torch.bfloat16)
