@@ -57,8 +57,8 @@ REQUIRED_VALUES = {
 class FalconH1Config:
     """Falcon-H1 hyperparameters; field names are the keys of `config.json`.
 
-    Symbols in the comments are those of the Mamba-2 paper (arXiv 2405.21060) and of the README's
-    glossary. Raises `ConfigError` on construction when the values contradict each other.
+    Symbols in the comments are those of the Mamba-2 paper (arXiv 2405.21060) and of
+    docs/architecture.md. Raises `ConfigError` on construction when values contradict each other.
     """
 
     vocab_size: int

@@ -1,4 +1,4 @@
-"""The precision policy, in one place; the README's table lists each deviation from transformers.
+"""The precision policy, in one place; docs/precision.md lists each deviation from transformers.
 
 Weights and activations are in the model's dtype. Computed in `compute_dtype` (float32, or float64
 in a float64 model): RMS statistics, the rotation of q and k, softmax, dt with its bias and

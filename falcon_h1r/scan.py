@@ -19,7 +19,7 @@ from torch import Tensor
 from .precision import compute_dtype
 from .ssd import check_shapes
 
-LONGEST_CHUNK = 64  # exponentials grow with it, products shrink below it
+LONGEST_CHUNK = 64  # longer chunks take more exponentials, shorter ones smaller products
 
 
 def ssd_scan(

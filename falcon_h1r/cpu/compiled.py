@@ -25,9 +25,9 @@ from ..precision import compute_dtype
 from ..scan import LONGEST_CHUNK
 from .launches import Replay, inductor
 
-# Tokens: what a step attends to is a multiple of it, and the room of an engine's row, so that like
-# requests fit one cache, a multiple and one: a compiled step never takes all, and none reads a last
-# token.
+# Tokens. A step attends to a multiple of ROOM keys, and masks the rest, so that one graph serves. A
+# row of an engine has room for a multiple and one more, since no step reads its last token: so a
+# compiled step never attends to the whole cache, which would be a graph of its own.
 ROOM = 64
 
 # What is compiled is shared by all models of one shape: kept here as torch.compile keeps it, by
@@ -97,8 +97,8 @@ class CompiledStep:
                 f"tokens_b: {tuple(tokens_b.shape)}, expected ({cache.batch_size},), one a row"
             )
         span = self._plan() if span is None else span
-        # All keys of a cache are not compiled: torch.compile takes them, where else it has a part
-        # of them, for a case of its own, and a length of 1 for another.
+        # torch.compile makes graphs of their own for a length of 1, and for a slice of the keys
+        # that is all of them. Steps with these lengths run uncompiled.
         compiled = 1 < span.total < cache.max_length
         kind = span.total, torch.get_num_threads()
         recorded, self._recorded = self._recorded, None
@@ -192,8 +192,8 @@ class _PrefillBlock(nn.Module):
         l = x_bld.shape[1]
         past = span.total - l
         level = layer is not None and span.padding_bl is None
-        # torch.compile takes one token before these, and keys up to the end of the cache, for
-        # cases of their own; a few tokens are not worth one.
+        # torch.compile would make graphs of their own for one token before these and for keys up
+        # to the end of the cache. A few tokens are not worth a graph.
         few, full = l < self._shortest, level and span.total == layer.keys_bjse.shape[2]
         if not level or few or past == 1 or full:
             return self.plain(x_bld, span, layer)

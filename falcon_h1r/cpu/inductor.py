@@ -21,10 +21,10 @@ from ..scan import (
 )
 from ..ssd import check_shapes
 
-# A step attends in loops, unless there are few rows and the sums of a key head, one for each of its
-# query heads and channels, outgrow the registers.
+# A loop keeps a sum for each channel of each query head that shares a key head. More than LOOP_SUMS
+# sums outgrow the registers; then torch's fused attention is faster, for up to LOOP_ROWS - 1 rows.
 LOOP_ROWS, LOOP_SUMS = 16, 256
-PIECE = 128  # keys whose values such a loop sums at a time
+PIECE = 128  # keys: a loop adds up the values of one piece at a time
 
 
 def as_buffer(tensor: Tensor) -> Tensor:
@@ -62,13 +62,14 @@ def _attention_in_loops(q_bjre: Tensor, k_bjse: Tensor, v_bjse: Tensor, mask) ->
     if mask is not None:
         scores_bjrs = scores_bjrs.masked_fill(~mask, -torch.inf)
 
-    # In pieces (axis c), of which there is one to spare: a single one would be a graph of its own.
+    # Keys in pieces (axis c). There is always a piece to spare, since a graph for one piece alone
+    # would be another graph.
     padding = (s // PIECE + 2) * PIECE - s
     scores_bjrcs = F.pad(scores_bjrs, (0, padding), value=-torch.inf).unflatten(3, (-1, PIECE))
     shares_bjrcs = as_buffer((scores_bjrcs - scores_bjrcs.amax((3, 4), keepdim=True)).exp())
     v_bjcse = F.pad(v, (0, 0, 0, padding)).unflatten(2, (-1, PIECE))
-    # A sum over keys goes over them once for each vector of channels. Vectors as sums of their own
-    # share one loop, which reads a key as it lies; of narrower types Inductor makes longer ones.
+    # Inductor reads all keys once for each vector of channels. Written as separate sums, vectors
+    # share one loop that reads each key once. For narrower types Inductor takes longer vectors.
     vectors = v_bjcse.split(16 if v_bjse.dtype == work else e, -1)
     heads = shares_bjrcs[..., None].unbind(2)
     sums = [torch.cat([(t * head).sum(3) for t in vectors], -1).sum(2) for head in heads]

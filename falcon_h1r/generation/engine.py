@@ -1,17 +1,19 @@
 """The batched decode engine: many traces of many prompts, one token per running trace and step.
 
-A prompt is read once, in pieces between decode steps; its traces are forked from it. They run side
-by side until each ends by itself or is ended by the caller; its row goes to the next that waits. A
-trace belongs to no batch: `Engine` decides who runs in a step, the trace's own seed and positions
-decide its tokens.
+A prompt is read once, in pieces, between decode steps. The traces of the prompt start from copies
+of its row. Traces run side by side. When a trace ends, by itself or by the caller, its row goes to
+the next trace that waits. `Engine` decides who runs in a step; a trace's tokens depend on its own
+seed and positions.
 
-What a trace says does not depend on its neighbours, on when it was admitted, or on its row. In
-bits: the choice of a token from logits (`sampling`); and the logits of one row of a step of one
-width (so many rows), whatever its neighbours are, hold, and however long they are, where a
-library's sums depend on the shape of a product alone. Up to rounding: logits of steps of different
-widths, and in different rows, which a trace changes when others end. With `fixed_width` the width
-never varies, and in float32 a row matters only where the rows that `ssd_step` takes at a time leave
-fewer than four over. tests/generation/test_engine_bits.py says on which machine this was seen.
+The text of a trace does not depend on its neighbours, on its row, or on when it was admitted:
+- The choice of a token from logits is the same in every bit (`sampling`).
+- The logits of a row are the same in every bit in all steps of the same number of rows, if the
+  library's sums depend on nothing but the shape of a product.
+- Between steps of different numbers of rows, and between different rows, logits agree up to
+  rounding. A trace changes its row when others end.
+With `fixed_width` every step has the same number of rows. In float32 the row then matters only
+where the rows that `ssd_step` takes at a time leave one to three over.
+tests/generation/test_engine_bits.py says on which machine this was seen.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ class Engine:
     """Decodes traces as they are added; iterate over it, or call `step`, for it to go on.
 
     tokenizer: as in `stream`, for text, stop strings and thinking budgets. max_rows: most traces in
-    a step. memory_budget: bytes that the cache may take, None: no limit; a row takes
-    `plan().row_bytes`, of which the state alone is 132 MiB for Falcon-H1R-7B. A prompt that waits
-    for rows, or is held, takes one too. Weights, logits and what a forward needs come on top; so do
-    for a moment a row, where two prompts change places, and without a budget a second copy of the
-    cache, while it grows.
+    a step. memory_budget: bytes that the cache may take; None: no limit. A row takes
+    `plan().row_bytes`; the state alone is 132 MiB for Falcon-H1R-7B. A prompt takes a row while it
+    waits or is held. The budget leaves out weights, logits, the tensors of a forward, and one row
+    for the moment in which two prompts change places. Without a budget the cache may grow, and the
+    old and the new cache exist together for a moment.
     prefill_chunk: most tokens of prompts read between two steps. graph, prefill: as in `stream`. A
     step as one graph computes some rows more than run, so that few graphs are made.
     fixed_width: compute max_rows rows in every step, however few run.
