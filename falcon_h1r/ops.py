@@ -80,12 +80,12 @@ INDUCTOR = TORCH._replace(
 @functools.cache
 def _triton() -> Ops:
     files = {"causal_conv1d": "conv1d", "causal_conv1d_step": "conv1d"}
-    names = [f"falcon_h1r_kernels.{files.get(name, name)}" for name in Ops._fields]
     try:
+        kernels = importlib.import_module("falcon_h1r_kernels")
+        names = [f"{kernels.__name__}.{files.get(name, name)}" for name in Ops._fields]
         modules = [importlib.import_module(name) for name in names]
     except ImportError as error:
-        message = f"the table TRITON cannot be made ({error}); TORCH needs no kernels"
-        raise ValueError(message) from error
+        raise ValueError(f"the table TRITON cannot be made ({error}); use TORCH") from error
     return Ops(*(getattr(module, name) for module, name in zip(modules, Ops._fields)))
 
 
