@@ -147,7 +147,8 @@ class FalconH1ForCausalLM(nn.Module):
         """(b, l, d) -> (b, l, d): the blocks, one after another.
 
         Nothing is checked or read back to the CPU, and the lengths of the cache stay with the
-        caller: `embed`, `run` and `logits` are what is captured, compiled and exported.
+        caller: `embed`, `run` and `logits` are what is captured, exported and compiled. Compile a
+        twin `under("inductor")` for inference.
         """
         blocks = self.model["layers"]
         layers = [None] * len(blocks) if cache is None else cache.layers()

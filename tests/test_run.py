@@ -42,14 +42,18 @@ def test_the_run_is_exported(variant, strict):
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_run_is_compiled_as_one_graph():
+@pytest.mark.parametrize("table, graded", [("inductor", False), ("torch", True)])
+def test_the_run_is_compiled_as_one_graph(table, graded):
+    """Without gradients under INDUCTOR, which is made for it: Inductor of torch 2.13 stops at the
+    scan of TORCH, which writes in place, in a graph of several layers."""
     model = make_model(make_config("two_groups")).eval()
     ids = random_ids(model.config, 2, 13)
     span = plain_span(model, ids)
     torch._dynamo.reset()
-    compiled = torch.compile(Run(model, span), fullgraph=True)
-    with torch.no_grad():
-        assert relative_error(compiled(ids, span.cos_bli, span.sin_bli), model(ids)) < 1e-5
+    compiled = torch.compile(Run(model.under(table), span), fullgraph=True)
+    with torch.set_grad_enabled(graded):
+        found, expected = compiled(ids, span.cos_bli, span.sin_bli), model(ids)
+    assert relative_error(found.detach(), expected.detach()) < 1e-5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
