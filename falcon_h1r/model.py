@@ -224,9 +224,10 @@ class FalconH1ForCausalLM(nn.Module):
         """`to`, `cuda`, `half` ...: a table that nobody chose is the new device's and dtype's."""
         super()._apply(fn, recurse)
         if self._follows_device:
+            before, now = self.ops, default_table(self.device, self.dtype)
             for module in self.modules():
-                if hasattr(module, "ops"):
-                    module.ops = default_table(self.device, self.dtype)
+                if getattr(module, "ops", None) is before:  # not what somebody put in its place
+                    module.ops = now
         return self
 
     def extra_repr(self) -> str:

@@ -135,6 +135,21 @@ def test_the_table_follows_the_device_unless_it_was_chosen(monkeypatch):
     assert FalconH1ForCausalLM.from_pretrained("h1r-pico", ops=TORCH).to("meta").ops is TORCH
 
 
+def test_a_move_keeps_an_operator_that_was_put_in_by_hand():
+    model = make_model(make_config())
+    mine = TORCH._replace(ssd_scan=REFERENCE.ssd_scan)
+    model = FalconH1ForCausalLM(model.config)
+    model.model["layers"][0].mamba.ops = mine
+    model.to("cpu").double()
+    assert model.model["layers"][0].mamba.ops is mine and model.ops is TORCH
+
+
+def test_a_compiled_form_leaves_no_graph_in_the_state():
+    state, x = torch.zeros(1, 2, 3, 4), torch.randn(1, 2, 3, requires_grad=True)
+    INDUCTOR.ssd_step(state, x, torch.ones(1, 2), -torch.ones(2), *torch.ones(2, 1, 1, 4))
+    assert not state.requires_grad
+
+
 @pytest.mark.parametrize("side", ["left", "right", "none"])
 @torch.no_grad()
 def test_embeddings_in_place_of_ids(side):

@@ -216,7 +216,7 @@ def ssd_step(
     decay_bh = as_buffer(torch.exp(dt * A_h.to(work)))
     state = state_bhpn.to(work) * decay_bh[..., None, None]
     state = state + xdt_bhp[..., None] * B_bhn[:, :, None]
-    state_bhpn.copy_(state)
+    state_bhpn.copy_(state.detach())
     y = (state * C_bhn[:, :, None]).sum(-1)
     if D_h is not None:
         y = y + D_h.to(work)[:, None] * x

@@ -87,6 +87,8 @@ def stream(
     prefill: reads prompts in place of the model, by a `run` of its own, such as a
         `cpu.CompiledPrefill`, whose compilation pays where many or long prompts are read.
 
+    Prompts are read by the model's `embed`, `run` and `logits`: a hook on the model itself, or a
+    wrapper of its `forward` such as FSDP's, sees decode steps only; hooks on its blocks see all.
     Raises ValueError for a request that cannot be served: see `read_prompts`, `SamplingParams`, and
     prompt + max_new_tokens beyond `max_position_embeddings`.
     """
