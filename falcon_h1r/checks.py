@@ -1,8 +1,12 @@
-"""Arguments refused early and in one line: the name, the value, and what is accepted."""
+"""Arguments refused early and in one line: the name, the value, and what is accepted.
+
+`check_...` return nothing; `as_...` return the argument in the one form that is used inside.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -73,6 +77,47 @@ def as_dtype(value, name: str = "dtype", error: type[ValueError] = ValueError) -
     if text not in DTYPES:
         refuse(name, value, f"one of {', '.join(DTYPES)}", error)
     return getattr(torch, text)
+
+
+def as_integers(name: str, tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """A tensor of whole numbers as int64. Raises ValueError for anything else, booleans included,
+    and for another shape than `shape`."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor of integers, found {type(tensor).__name__}")
+    kind, found = tensor.dtype, tuple(tensor.shape)
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise ValueError(f"{name}: expected integers, found {kind} of shape {found}")
+    if shape is not None and found != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, as the new tokens, found {found}")
+    return tensor.long()
+
+
+def as_ids(name: str, ids, vocab_size: int) -> torch.Tensor:
+    """Token ids as int64. Raises ValueError for anything but a tensor of integers, not empty, each
+    in 0 .. vocab_size - 1."""
+    ids = as_integers(name, ids)  # of uint64, what is beyond int64 becomes negative
+    if ids.numel() == 0:
+        raise ValueError(f"{name}: expected tokens, found none in shape {tuple(ids.shape)}")
+    low, high = ids.aminmax()
+    if low < 0 or high >= vocab_size:
+        bad = int(low if low < 0 else high)
+        raise ValueError(f"{name}: id {bad} is outside the vocabulary of {vocab_size}")
+    return ids
+
+
+def as_mask(name: str, mask, shape: Sequence[int]) -> torch.Tensor:
+    """A mask as booleans, True at real tokens. Raises ValueError for anything but a tensor of that
+    shape which holds 1 (or True) and 0."""
+    import torch
+
+    found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    if found != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, as the new tokens, found {found}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"{name}: expected 1 at real tokens and 0 at padding, found other values")
+    return mask != 0
 
 
 def refuse(name: str, value, accepted: str, error: type[ValueError] = ValueError) -> None:

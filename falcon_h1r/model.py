@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .block import HybridBlock
 from .cache import Cache, Span
-from .checks import as_dtype, check_integer
+from .checks import as_dtype, as_ids, as_integers, as_mask, check_integer
 from .config import FalconH1Config
+from .cost import in_units, kv_bytes, state_bytes
 from .mamba2 import Mamba2Mixer
 from .norm import RMSNorm
 from .ops import Ops, default_table, table
@@ -122,39 +123,51 @@ class FalconH1ForCausalLM(nn.Module):
         inputs_embeds: (b, l, d) in the model's dtype, in place of input_ids: what `embed` returns,
         the embedding multiplier included.
         Returns (b, l or k, vocab) logits in float32 (float64 in a float64 model).
-        Raises ValueError for ids outside the vocabulary, shapes that do not fit, a cache of another
-        model, and a full cache.
+        Raises ValueError for ids outside the vocabulary, shapes and dtypes that do not fit, a cache
+        of another model, a full cache, and a row longer than max_position_embeddings.
         """
-        tokens = self._checked(input_ids, inputs_embeds)
-        self._check_others(tokens, attention_mask, cache, logits_to_keep, seq_idx)
-        l = tokens.shape[1]
-        tokens, lengths, shift = _right_pad(tokens, attention_mask)
+        tokens = self._tokens(input_ids, inputs_embeds)
+        shape = tokens.shape[:2]
+        check_integer("logits_to_keep", logits_to_keep, 0)
+        if cache is not None:
+            cache.check(self.config, len(tokens), self.dtype, self.device)
+        if attention_mask is not None:
+            attention_mask = as_mask("attention_mask", attention_mask, shape).to(tokens.device)
         if seq_idx is not None:
-            changes = seq_idx[:, 1:] != seq_idx[:, :-1]
-            seq_idx = F.pad(changes.cumsum(1), (1, 0))
+            seq_idx = self._documents(seq_idx, shape)
+            if cache is not None or attention_mask is not None:
+                raise ValueError("seq_idx: packed documents take no cache and no attention_mask")
+        tokens, lengths, shift = _right_pad(tokens, attention_mask)
         span = Span.plan(self.config, cache, tokens, lengths, seq_idx, compute_dtype(self.dtype))
+        if seq_idx is None:
+            self._check_positions(span.total)
         x_bld = self.embed(tokens) if inputs_embeds is None else tokens
-        x_bld = self.run(x_bld, span, cache)
+        for block, layer in self._blocks(cache):
+            x_bld = block(x_bld, span, layer)
         if cache is not None:
             cache.lengths += tokens.shape[1] if lengths is None else lengths
-        return self.logits(_rows_to_return(x_bld, l, lengths, shift, logits_to_keep))
+        return self.logits(_rows_to_return(x_bld, shape[1], lengths, shift, logits_to_keep))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(b, l) ids -> (b, l, d): the embedding and its multiplier."""
         return scaled(self.model["embed_tokens"](input_ids), self.config.embedding_multiplier)
 
     def run(self, x_bld: Tensor, span: Span, cache: Cache | None = None) -> Tensor:
-        """(b, l, d) -> (b, l, d): the blocks, one after another.
+        """(b, l, d) -> (b, l, d): the blocks, one after another, as in `forward`.
 
         Nothing is checked or read back to the CPU, and the lengths of the cache stay with the
         caller: `embed`, `run` and `logits` are what is captured, exported and compiled. Compile a
         twin `under("inductor")` for inference.
         """
-        blocks = self.model["layers"]
-        layers = [None] * len(blocks) if cache is None else cache.layers()
-        for block, layer in zip(blocks, layers, strict=True):
+        for block, layer in self._blocks(cache):
             x_bld = block(x_bld, span, layer)
         return x_bld
+
+    def _blocks(self, cache: Cache | None):
+        """Each block, beside the part of the cache that is its own."""
+        blocks = self.model["layers"]
+        layers = [None] * len(blocks) if cache is None else cache.layers()
+        return zip(blocks, layers, strict=True)
 
     def logits(self, x_bld: Tensor) -> Tensor:
         """(b, l, d) -> (b, l, vocab): the final norm, the head and its multiplier."""
@@ -165,49 +178,48 @@ class FalconH1ForCausalLM(nn.Module):
             logits = F.linear(x_bld, self.model["embed_tokens"].weight)
         return scaled(logits.to(compute_dtype(self.dtype)), self.config.lm_head_multiplier)
 
-    def _checked(self, input_ids, inputs_embeds) -> Tensor:
-        """The one of both that was given, (b, l) ids or (b, l, d)."""
+    def _tokens(self, input_ids, inputs_embeds) -> Tensor:
+        """The one of both that was given, checked: (b, l) ids or (b, l, d)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         if inputs_embeds is not None:
-            d = self.config.hidden_size
-            shape, dtype = tuple(inputs_embeds.shape), inputs_embeds.dtype
+            d, shape = self.config.hidden_size, tuple(getattr(inputs_embeds, "shape", ()))
+            dtype = getattr(inputs_embeds, "dtype", type(inputs_embeds).__name__)
             if len(shape) != 3 or 0 in shape or shape[2] != d or dtype != self.dtype:
                 raise ValueError(
                     f"inputs_embeds: expected {self.dtype} of shape (batch, length, {d}), "
                     f"found {shape} {dtype}"
                 )
             return inputs_embeds
-        if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+        ids = as_ids("input_ids", input_ids, self.config.vocab_size)
+        if ids.dim() != 2:
             raise ValueError(
-                f"input_ids: expected integers of shape (batch, length), both positive, "
-                f"found {tuple(input_ids.shape)} {input_ids.dtype}"
+                f"input_ids: expected the shape (batch, length), found {tuple(ids.shape)}"
             )
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= self.config.vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(
-                f"input_ids: id {bad} is outside the vocabulary of {self.config.vocab_size}"
-            )
-        return input_ids
+        return ids
 
-    def _check_others(self, tokens, attention_mask, cache, logits_to_keep, seq_idx) -> None:
-        shape = tokens.shape[:2]
-        for name, tensor in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
-            if tensor is not None and tensor.shape != shape:
-                raise ValueError(
-                    f"{name}: shape {tuple(tensor.shape)}, expected that of input_ids, "
-                    f"{tuple(shape)} (it describes the new tokens only)"
-                )
-        if seq_idx is not None and (cache is not None or attention_mask is not None):
-            raise ValueError("seq_idx: packed documents take neither a cache nor an attention_mask")
-        if cache is not None:
-            cache.check(self.config, len(tokens), self.dtype, self.device)
-        check_integer("logits_to_keep", logits_to_keep, 0)
+    def _documents(self, seq_idx, shape) -> Tensor:
+        """seq_idx numbered along each row, from 0."""
+        seq_idx = as_integers("seq_idx", seq_idx, shape)
+        numbers = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))
+        if shape[1] > self.config.max_position_embeddings:
+            self._check_positions(max(int(row.bincount().max()) for row in numbers))
+        return numbers
+
+    def _check_positions(self, count: int) -> None:
+        limit = self.config.max_position_embeddings
+        if count > limit:
+            raise ValueError(
+                f"input_ids: a row of {count} tokens, more than max_position_embeddings {limit} "
+                "(a larger number in the config lets it through)"
+            )
 
     def under(self, ops: Ops | str) -> FalconH1ForCausalLM:
-        """A twin under another table, or the table of a name; parameters and buffers are shared."""
-        ops = table(ops) if isinstance(ops, str) else ops
+        """A twin under another table, or the table of a name; parameters and buffers are shared.
+
+        What changes the parameters of one - a cast, a move, training - changes them in both.
+        """
+        ops = ops if isinstance(ops, Ops) else table(ops)
 
         def view(module):
             twin = copy.copy(module)
@@ -234,8 +246,19 @@ class FalconH1ForCausalLM(nn.Module):
         return f"ops={self.ops!r}"
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache for `batch_size` rows of up to `max_length` tokens."""
-        return Cache.alloc(self.config, batch_size, max_length, self.dtype, self.device)
+        """An empty cache for `batch_size` rows of up to `max_length` tokens.
+
+        Raises ValueError for numbers below 1, and where the device has no such memory.
+        """
+        try:
+            return Cache.alloc(self.config, batch_size, max_length, self.dtype, self.device)
+        except (RuntimeError, OverflowError, TypeError, MemoryError) as error:
+            row = kv_bytes(self.config, max_length, self.dtype)
+            row += sum(state_bytes(self.config, self.dtype).values())
+            raise ValueError(
+                f"a cache of {batch_size} x {max_length} tokens takes {in_units(batch_size * row)},"
+                f" for which {self.device} has no memory"
+            ) from error
 
     @classmethod
     def from_pretrained(
@@ -270,12 +293,12 @@ class FalconH1ForCausalLM(nn.Module):
 def _right_pad(tokens: Tensor, attention_mask: Tensor | None):
     """Move each row's real tokens to the front, the one layout that the layers know.
 
-    tokens: (b, l) ids or (b, l, d). Returns (b, longest row, ...), lengths (b,) on the CPU or None
+    tokens: (b, l) ids or (b, l, d); attention_mask: (b, l) booleans. Returns (b, longest row, ...), lengths (b,) on the CPU or None
     if no padding is left, and shift (b,): the column at which each row's tokens stood.
     """
     if attention_mask is None:
         return tokens, None, None
-    real = attention_mask != 0
+    real = attention_mask
     starts_b = real.int().argmax(1)
     lengths_b = real.sum(1)
     column = torch.arange(real.shape[1], device=real.device)

@@ -254,7 +254,7 @@ def test_gradients_stay_in_their_rows_and_documents():
         ({"input_ids": torch.zeros(1, 3)}, "input_ids.*float32"),
         ({"input_ids": torch.tensor([[3, 97]])}, "id 97 .*97"),
         ({"input_ids": torch.tensor([[3, -1]])}, "id -1 "),
-        ({"attention_mask": torch.ones(2, 4)}, r"attention_mask.*\(2, 4\).*\(2, 5\)"),
+        ({"attention_mask": torch.ones(2, 4)}, r"attention_mask.*\(2, 5\).*\(2, 4\)"),
         ({"attention_mask": torch.zeros(2, 5)}, "attention_mask.*no row"),
         ({"attention_mask": torch.tensor([[1] * 5, [1, 0, 1, 1, 1]])}, "attention_mask.*row 1"),
         ({"seq_idx": torch.zeros(2, 4)}, r"seq_idx.*\(2, 4\)"),

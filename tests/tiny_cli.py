@@ -51,12 +51,12 @@ def interrupting(monkeypatch, after: int):
     """Ctrl-C during forward number `after`, counted from 1."""
     from falcon_h1r.model import FalconH1ForCausalLM
 
-    run, calls = FalconH1ForCausalLM.run, []
+    embed, calls = FalconH1ForCausalLM.embed, []
 
     def wrapped(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == after:
             raise KeyboardInterrupt
-        return run(self, *args, **kwargs)
+        return embed(self, *args, **kwargs)
 
-    monkeypatch.setattr(FalconH1ForCausalLM, "run", wrapped)
+    monkeypatch.setattr(FalconH1ForCausalLM, "embed", wrapped)

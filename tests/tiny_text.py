@@ -105,12 +105,6 @@ class ScriptedCache:
     def __init__(self, scripts: list[int], lengths: Tensor, max_length: int):
         self.scripts, self.lengths, self.max_length = scripts, lengths, max_length
 
-    def check(self, *_) -> None:
-        """Any cache is this model's."""
-
-    def require_room(self, ends: Tensor) -> None:
-        assert int(ends.max()) <= self.max_length
-
     def select(self, rows) -> "ScriptedCache":
         rows = torch.as_tensor(rows).tolist()
         return ScriptedCache([self.scripts[r] for r in rows], self.lengths[rows], self.max_length)
@@ -125,41 +119,28 @@ class ScriptedModel:
     The next token depends on the number of tokens seen, so a wrong number shows.
     """
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device = torch.device("cpu")
 
     def __init__(self, scripts: list[list[int]], vocab_size: int = VOCAB_SIZE, eos=(3,)):
-        self.config = SimpleNamespace(
-            vocab_size=vocab_size, max_position_embeddings=4096, head_dim=2, rope_theta=1.0
-        )
+        self.config = SimpleNamespace(vocab_size=vocab_size, max_position_embeddings=4096)
         self.eos_token_ids = eos
         self.scripts, self.calls, self.prompt_lengths = scripts, [], {}
 
     def new_cache(self, batch_size: int, max_length: int) -> ScriptedCache:
         return ScriptedCache([-1] * batch_size, torch.zeros(batch_size).long(), max_length)
 
-    def embed(self, input_ids):
-        return input_ids
-
-    def run(self, input_ids, span, cache):
-        """Logits where the hidden states would be: right at each row's last real token."""
+    def __call__(self, input_ids, attention_mask=None, cache=None, logits_to_keep=0):
         self.calls.append(tuple(input_ids.shape))
-        b, l = input_ids.shape
-        lengths = [l] * b if span.lengths_b is None else span.lengths_b.tolist()
-        logits = torch.zeros(b, l, self.config.vocab_size)
-        for row, length in enumerate(lengths):
-            if cache.scripts[row] < 0 and length:
-                cache.scripts[row] = int(input_ids[row, 0])
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        logits = torch.zeros(len(input_ids), 1, self.config.vocab_size)
+        for row in range(len(input_ids)):
+            real = input_ids[row][mask[row].bool()]
+            if cache.scripts[row] < 0 and len(real):
+                cache.scripts[row] = int(real[0])
+            cache.lengths[row] += len(real)
             if cache.scripts[row] >= 0:
-                script, seen = self.scripts[cache.scripts[row]], int(cache.lengths[row]) + length
-                done = seen - self.prompt_lengths.get(cache.scripts[row], 1)
+                script = self.scripts[cache.scripts[row]]
+                done = int(cache.lengths[row]) - self.prompt_lengths.get(cache.scripts[row], 1)
                 if 0 <= done < len(script):
-                    logits[row, length - 1, script[done]] = 9.0
+                    logits[row, 0, script[done]] = 9.0
         return logits
-
-    def logits(self, logits):
-        return logits
-
-    def __call__(self, input_ids, cache=None, logits_to_keep=0):
-        logits = self.run(input_ids, SimpleNamespace(lengths_b=None), cache)
-        cache.lengths += input_ids.shape[1]
-        return logits[:, -1:]

@@ -151,8 +151,7 @@ class CompiledPrefill:
     the first behind other tokens once more; another length, depth or cache does not. Compiled are
     calls in which all rows hold equally many tokens and get equally many, more than a chunk of the
     scan, and leave room in the cache. Any other - padding, rows of several depths, a few tokens,
-    no cache, the last tokens of a full one - runs as `model` does. `run` is `model.run` so
-    compiled. Raises ValueError where torch finds no C++ compiler, or the model is not on a CPU.
+    no cache, the last tokens of a full one - runs as `model` does. Raises ValueError where torch finds no C++ compiler, or the model is not on a CPU.
     """
 
     def __init__(self, model):
@@ -166,7 +165,6 @@ class CompiledPrefill:
             _PrefillBlock(*blocks, compiled, shortest)
             for blocks in zip(model.model["layers"], self._twin.model["layers"])
         )
-        self.run = torch.no_grad()(self._twin.run)
 
     @torch.no_grad()
     def __call__(

@@ -85,8 +85,8 @@ def causal_conv1d(
     lengths_b: Tensor | None = None,
     seq_idx_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One loop over all taps. Raises ValueError for packed documents."""
-    _refuse_packed(seq_idx_bl)
+    """One loop over all taps. Raises ValueError for packed documents and for gradients."""
+    _refuse(x_blc, seq_idx_bl)
     c, w = weight_cw.shape
     assert x_blc.shape[-1] == c and (bias_c is None or bias_c.shape == (c,)), weight_cw.shape
     history_blc, _ = with_history(x_blc, w, initial_window_bvc, None)
@@ -130,9 +130,9 @@ def ssd_scan(
     """Steps 1 and 2 of `scan.py` for all chunks in one loop, steps 3 and 4 as one operator.
 
     A graph holds no loop of as many turns as there are chunks. Extra memory is a (q, s) matrix for
-    each head of each chunk. Raises ValueError for packed documents.
+    each head of each chunk. Raises ValueError for packed documents and for gradients.
     """
-    _refuse_packed(seq_idx_bl)
+    _refuse(x_blhp, seq_idx_bl)
     assert chunk_size > 0, chunk_size
     size = min(chunk_size, LONGEST_CHUNK)
     b, l, h, p, g, n = check_shapes(
@@ -223,6 +223,9 @@ def ssd_step(
     return y.to(x_bhp.dtype)
 
 
-def _refuse_packed(seq_idx_bl: Tensor | None) -> None:
+def _refuse(x: Tensor, seq_idx_bl: Tensor | None) -> None:
+    """What no form here serves."""
     if seq_idx_bl is not None:
         raise ValueError("INDUCTOR: packed documents (seq_idx) need TORCH or REFERENCE")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("INDUCTOR: gives no gradients; train with TORCH, or use torch.no_grad()")

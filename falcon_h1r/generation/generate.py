@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..cache import Cache, Span
+from ..cache import Cache
 from ..checks import check_integer
 from ..cpu import CompiledStep
-from ..precision import compute_dtype
 from .graph import DecodeStep
 from .output import GenerateOutput, Step, collect
 from .params import SamplingParams, derive_seeds, per_prompt
-from .prompts import last_of, prefill_chunks, read_prompts
+from .prompts import prefill_chunks, read_prompts
 from .rows import RowText, need_tokenizer, settle, stops_of
 from .sampling import Choice, Sampler
 
@@ -84,11 +83,9 @@ def stream(
         torch.compile on a CPU (`cpu.CompiledStep`, with a model of `use_onednn(model,
         stream=True)`); None: on a GPU. False is for models with operators or hooks that read
         values back to the CPU.
-    prefill: reads prompts in place of the model, by a `run` of its own, such as a
+    prefill: reads prompts in place of the model, called as the model is, such as a
         `cpu.CompiledPrefill`, whose compilation pays where many or long prompts are read.
 
-    Prompts are read by the model's `embed`, `run` and `logits`: a hook on the model itself, or a
-    wrapper of its `forward` such as FSDP's, sees decode steps only; hooks on its blocks see all.
     Raises ValueError for a request that cannot be served: see `read_prompts`, `SamplingParams`, and
     prompt + max_new_tokens beyond `max_position_embeddings`.
     """
@@ -119,8 +116,8 @@ class Stream:
     ):
         self._model, self._tokenizer, self._cache = model, tokenizer, cache
         self._prefill = model if prefill is None else prefill
-        if not hasattr(self._prefill, "run"):
-            raise ValueError(f"prefill: {prefill!r:.60} has no `run`, as cpu.CompiledPrefill has")
+        if not callable(self._prefill):
+            raise ValueError(f"prefill: {prefill!r:.60} cannot be called as a model is")
         on_gpu = model.device.type == "cuda"
         self._step_form = None  # the class of a decode step as one graph
         if graph or (graph is None and on_gpu):
@@ -197,12 +194,8 @@ class Stream:
         if cache is None:
             cache = model.new_cache(len(rows), max(map(len, rows)) + longest)
         rest = [row[past:] for row, past in zip(rows, cache.lengths.tolist())]
-        cache.check(model.config, len(rows), model.dtype, model.device)
-        for ids, lengths in prefill_chunks(rest, self._prefill_chunk, model.device):
-            span = Span.plan(model.config, cache, ids, lengths, None, compute_dtype(model.dtype))
-            x_bld = self._prefill.run(model.embed(ids), span, cache)
-            cache.lengths += ids.shape[1] if lengths is None else lengths
-        logits_rv = model.logits(last_of(x_bld, lengths))[:, -1]
+        for ids, mask in prefill_chunks(rest, self._prefill_chunk, model.device):
+            logits_rv = self._prefill(ids, mask, cache=cache, logits_to_keep=1)[:, -1]
         if self._n > 1:
             cache = cache.expand(self._n)
             logits_rv = logits_rv.repeat_interleave(self._n, dim=0)

@@ -47,11 +47,11 @@ def test_numbers_below_one_are_refused(name, value):
     "prompt, words",
     [
         ([], "has no tokens"),
-        ([5, 97], "has id 97, outside the vocabulary of 97"),
-        ([-1], "has id -1"),
-        ([0.5], "not a list of ids"),
-        ([[1, 2]], "not a list of ids"),
-        ("text", "not a list of ids"),
+        ([5, 97], "id 97 is outside the vocabulary of 97"),
+        ([-1], "id -1 is outside"),
+        ([0.5], "not a list of ids|expected integers"),
+        ([[1, 2]], "not a list of ids|expected integers"),
+        ("text", "not a list of ids|expected integers"),
         ([1] * 505, r"505 tokens \+ max_new_tokens 8 = 513, more than max_position_embeddings 512"),
     ],
 )

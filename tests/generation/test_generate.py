@@ -368,7 +368,7 @@ def test_the_walk_from_generate_to_the_scan_is_six_frames():
     ops = TORCH
     model = make_model(make_config(), ops=ops._replace(ssd_scan=scan))
     generate(model, [PROMPTS[0]], params(max_new_tokens=2))
-    assert frames[0] == ["scan", "forward", "forward", "run", "_steps", "generate"]
+    assert frames[0] == ["scan", "forward", "forward", "forward", "_steps", "generate"]
 
 
 def test_float64_models_report_float64():
