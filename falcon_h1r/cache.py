@@ -27,15 +27,14 @@ TENSORS = ("keys", "values", "windows", "states")
 class Cache:
     """The memory of a batch of sequences.
 
-    keys, values: (N, b, j, max_length, e) in the model's dtype; windows: (N, b, v, c) in the
-    model's dtype; states: (N, b, h, p, n) float32 (float64 in a float64 model); lengths: (b,) int64
-    on the CPU, tokens seen per row. Made by `model.new_cache`, advanced in place by `model(...)`.
+    keys, values: (N, b, j, max_length, e), windows: (N, b, v, c), in the model's dtype; states:
+    (N, b, h, p, n) float32 (float64 in a float64 model); lengths: (b,) int64 on the CPU, tokens
+    seen per row, ~tokens within a forward. Made by `model.new_cache`, advanced by `model(...)`.
     """
 
     def __init__(self, keys, values, windows, states, lengths):
         self.keys, self.values, self.windows, self.states = keys, values, windows, states
-        self.lengths = lengths
-        self._layers: list[LayerCache] | None = None
+        self.lengths, self._layers = lengths, None
 
     @classmethod
     def alloc(cls, config, batch_size: int, max_length: int, dtype, device) -> Cache:
@@ -62,6 +61,8 @@ class Cache:
 
     def require_room(self, ends: Tensor) -> None:
         """Raise ValueError where a row cannot hold ends (b,) tokens; on the CPU."""
+        if int(self.lengths.min()) < 0:
+            raise ValueError("cache: a forward was interrupted in it; restore a snapshot")
         if int(ends.max()) > self.max_length:
             past = int(self.lengths[row := int(ends.argmax())])
             raise ValueError(
@@ -115,8 +116,7 @@ class Cache:
         pairs = list(zip(self._first(filled), snapshot._first(filled)))
         if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in pairs):
             raise ValueError(
-                f"snapshot of {snapshot.batch_size} rows and {filled} positions: it is of another "
-                f"model, or does not fit {self.batch_size} rows and {self.max_length} positions"
+                f"snapshot of {snapshot.batch_size} rows and {filled} positions does not fit"
             )
         for target, source in pairs:
             target.copy_(source)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,9 @@ def check_number(
     if value is None and none:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and above < value and least <= value <= most:
+    # An int may be finite and too large for a float.
+    finite = number and value == value and abs(value) <= sys.float_info.max
+    if finite and above < value and least <= value <= most:
         return
     low = f"{above:g} < " if above != -math.inf else f"{least:g} <= "
     if most != math.inf:
@@ -122,4 +125,10 @@ def as_mask(name: str, mask, shape: Sequence[int]) -> torch.Tensor:
 
 def refuse(name: str, value, accepted: str, error: type[ValueError] = ValueError) -> None:
     """Raise `error` with the one line that every check here gives."""
-    raise error(f"{name} is {value!r}, expected {accepted}")
+    try:
+        found = repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        found = f"{type(value).__name__} of too many digits to print"
+    if len(found) > 200:
+        found = f"{found[:60]} ... ({len(found):,} characters)"
+    raise error(f"{name} is {found}, expected {accepted}")

@@ -19,7 +19,6 @@ from .block import HybridBlock
 from .cache import Cache, Span
 from .checks import as_dtype, as_ids, as_integers, as_mask, check_integer
 from .config import FalconH1Config
-from .cost import in_units, kv_bytes, state_bytes
 from .mamba2 import Mamba2Mixer
 from .norm import RMSNorm
 from .ops import Ops, default_table, table
@@ -124,7 +123,8 @@ class FalconH1ForCausalLM(nn.Module):
         the embedding multiplier included.
         Returns (b, l or k, vocab) logits in float32 (float64 in a float64 model).
         Raises ValueError for ids outside the vocabulary, shapes and dtypes that do not fit, a cache
-        of another model, a full cache, and a row longer than max_position_embeddings.
+        of another model, full, or in which a forward was interrupted, and a row longer than
+        max_position_embeddings.
         """
         tokens = self._tokens(input_ids, inputs_embeds)
         shape = tokens.shape[:2]
@@ -142,10 +142,12 @@ class FalconH1ForCausalLM(nn.Module):
         if seq_idx is None:
             self._check_positions(span.total)
         x_bld = self.embed(tokens) if inputs_embeds is None else tokens
+        if cache is not None:
+            held, cache.lengths = cache.lengths, ~cache.lengths  # stays, should a block raise
         for block, layer in self._blocks(cache):
             x_bld = block(x_bld, span, layer)
         if cache is not None:
-            cache.lengths += tokens.shape[1] if lengths is None else lengths
+            cache.lengths = held.add_(tokens.shape[1] if lengths is None else lengths)
         return self.logits(_rows_to_return(x_bld, shape[1], lengths, shift, logits_to_keep))
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -253,11 +255,8 @@ class FalconH1ForCausalLM(nn.Module):
         try:
             return Cache.alloc(self.config, batch_size, max_length, self.dtype, self.device)
         except (RuntimeError, OverflowError, TypeError, MemoryError) as error:
-            row = kv_bytes(self.config, max_length, self.dtype)
-            row += sum(state_bytes(self.config, self.dtype).values())
             raise ValueError(
-                f"a cache of {batch_size} x {max_length} tokens takes {in_units(batch_size * row)},"
-                f" for which {self.device} has no memory"
+                f"a cache of {batch_size} x {max_length} tokens: {self.device} has no memory for it"
             ) from error
 
     @classmethod
@@ -293,8 +292,9 @@ class FalconH1ForCausalLM(nn.Module):
 def _right_pad(tokens: Tensor, attention_mask: Tensor | None):
     """Move each row's real tokens to the front, the one layout that the layers know.
 
-    tokens: (b, l) ids or (b, l, d); attention_mask: (b, l) booleans. Returns (b, longest row, ...), lengths (b,) on the CPU or None
-    if no padding is left, and shift (b,): the column at which each row's tokens stood.
+    tokens: (b, l) ids or (b, l, d); attention_mask: (b, l) booleans. Returns (b, longest row, ...),
+    lengths (b,) on the CPU or None if no padding is left, and shift (b,): the column at which each
+    row's tokens stood.
     """
     if attention_mask is None:
         return tokens, None, None

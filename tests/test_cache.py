@@ -387,3 +387,28 @@ def test_the_files_header_is_readable(tmp_path):
 def test_meta_models_have_no_cache_memory():
     model = FalconH1ForCausalLM(make_config(), device="meta")
     assert model.new_cache(2, 1 << 20).keys.device.type == "meta"
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_forward_that_was_interrupted_leaves_no_cache_that_looks_whole(at):
+    """Layers before the one that raised have moved on; a state cannot be taken back."""
+    model = make_model(make_config("two_groups"))
+    ids, cache = random_ids(model.config, 1, 6), model.new_cache(1, 16)
+    with torch.no_grad():
+        model(ids[:, :4], cache=cache)
+        before = cache.snapshot()
+
+        def fail(*_):
+            raise KeyboardInterrupt
+
+        hook = model.model["layers"][at].register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 4:], cache=cache)
+        hook.remove()
+        for torn in (cache, cache.select([0]), cache.expand(2), cache.snapshot()):
+            with pytest.raises(ValueError, match="a forward was interrupted in it"):
+                model(ids[:, 4:].expand(torn.batch_size, -1), cache=torn)
+        cache.restore(before)
+        found = model(ids[:, 4:], cache=cache)
+        torch.testing.assert_close(found, model(ids)[:, 4:], rtol=1e-4, atol=1e-4)
+    assert cache.lengths.tolist() == [6]

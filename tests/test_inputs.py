@@ -79,7 +79,7 @@ def test_what_are_no_documents_is_refused(seq_idx):
 
 @pytest.mark.parametrize("embeds", [[[1.0]], 5, IDS, torch.zeros(1, 3, 7)], ids=repr)
 def test_what_are_no_embeddings_is_refused(embeds):
-    with pytest.raises(ValueError, match="inputs_embeds: expected torch.float32 of shape"):
+    with pytest.raises(ValueError, match="inputs_embeds: expected torch"):
         model()(inputs_embeds=embeds)
 
 
@@ -105,5 +105,5 @@ def test_a_row_ends_at_max_position_embeddings():
 
 @pytest.mark.parametrize("size", [(1, 10**12), (1, 10**30), (10**9, 10**9)])
 def test_a_cache_beyond_all_memory_is_refused(size):
-    with pytest.raises(ValueError, match=r"a cache of \d+ x \d+ tokens takes .*iB, for which cpu"):
+    with pytest.raises(ValueError, match=r"a cache of \d+ x \d+ tokens: cpu has no"):
         model().new_cache(*size)

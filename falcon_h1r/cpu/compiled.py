@@ -103,6 +103,7 @@ class CompiledStep:
         kind = span.total, torch.get_num_threads()
         recorded, self._recorded = self._recorded, None
         x_bld = model.embed(tokens_b[:, None])
+        held, cache.lengths = cache.lengths, ~cache.lengths  # as in the model's forward
         if not compiled:
             recorded = None
             logits = model.logits(model.run(x_bld, span, cache))[:, -1]
@@ -112,7 +113,7 @@ class CompiledStep:
             own = Span(*(p.clone() if isinstance(p, Tensor) else p for p in span))
             recorded = _Recorded(kind, own, Replay())
             logits = self._record(recorded, x_bld)[:, -1]
-        cache.lengths += 1
+        cache.lengths = held.add_(1)
         if recorded is None or not recorded.replay.whole:
             return logits
         self._recorded = recorded
@@ -151,7 +152,8 @@ class CompiledPrefill:
     the first behind other tokens once more; another length, depth or cache does not. Compiled are
     calls in which all rows hold equally many tokens and get equally many, more than a chunk of the
     scan, and leave room in the cache. Any other - padding, rows of several depths, a few tokens,
-    no cache, the last tokens of a full one - runs as `model` does. Raises ValueError where torch finds no C++ compiler, or the model is not on a CPU.
+    no cache, the last tokens of a full one - runs as `model` does. Raises ValueError where torch
+    finds no C++ compiler, or the model is not on a CPU.
     """
 
     def __init__(self, model):

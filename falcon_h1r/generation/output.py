@@ -113,6 +113,10 @@ def _cut(value) -> str:
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH // 2]} ... {text[-_WIDTH // 2 :]}"
 
 
+def _columns(tensor: Tensor) -> int:
+    return tensor.shape[-1] if tensor.dim() > 1 else 0
+
+
 def collect(
     steps: list[Step],
     params: Sequence[SamplingParams],
@@ -127,29 +131,30 @@ def collect(
     order = owners.argsort(stable=True)
     sizes = owners.bincount(minlength=count).tolist()
 
-    def per_sequence(name: str) -> list[Tensor] | None:
+    def per_sequence(name: str) -> list[Tensor]:
+        """Values of all steps by sequence. Where a step lacks them, or has fewer columns, no row
+        of the step asked for more, and zeros stand in their place."""
         parts = [getattr(step, name) for step in steps]
-        if not parts or parts[0] is None:
-            return None
-        return list(torch.cat(parts)[order].split(sizes))
+        like = max((part for part in parts if part is not None), key=_columns, default=None)
+        if like is None:
+            return [torch.zeros(0)] * count
+        full = like.new_zeros(len(owners), *like.shape[1:])
+        for part, whole in zip(parts, full.split([len(step.sequences) for step in steps])):
+            if part is not None:
+                whole[(slice(None), *map(slice, part.shape[1:]))] = part
+        return list(full[order].split(sizes))
 
-    def wanted(values: list[Tensor] | None, want) -> list[Tensor | None] | None:
+    def wanted(values: list, want) -> list | None:
         if not any(want(p) for p in params):
             return None
-        values = [torch.zeros(0)] * count if values is None else values
         return [value if want(p) else None for value, p in zip(values, params)]
 
     reasons = {sequence: why for step in steps for sequence, why in step.finished.items()}
-    sequences = per_sequence("tokens") or [torch.zeros(0, dtype=torch.int64)] * count
-    top_ids, top_values = per_sequence("top_ids"), per_sequence("top_logprobs")
-    tops = None
-    if any(p.alternatives for p in params):
-        tops = [None] * count
-        if top_ids is not None:
-            tops = [
-                (ids[:, : p.alternatives], values[:, : p.alternatives]) if p.alternatives else None
-                for ids, values, p in zip(top_ids, top_values, params)
-            ]
+    sequences = [ids.long() for ids in per_sequence("tokens")]
+    tops = [
+        (ids[..., : p.alternatives], values[..., : p.alternatives])
+        for p, ids, values in zip(params, per_sequence("top_ids"), per_sequence("top_logprobs"))
+    ]
     texts = None
     if tokenizer is not None:
         pieces: list[list[str]] = [[] for _ in range(count)]
@@ -166,7 +171,7 @@ def collect(
         sequences=sequences,
         finish_reasons=[reasons.get(i, "interrupted") for i in range(count)],
         logprobs=wanted(per_sequence("logprobs"), lambda p: p.wants_logprobs),
-        top_logprobs=tops,
+        top_logprobs=wanted(tops, lambda p: p.alternatives),
         texts=texts,
         seeds=list(seeds),
         prompt_lengths=list(prompt_lengths),

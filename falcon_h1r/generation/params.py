@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from ..checks import check_integer, check_number, is_integer, refuse
 
 SEED_LIMIT = 2**63
+MOST = 2**31 - 1  # of a count
+MOST_SEQUENCES = 2**16  # of one prompt: each has a state of its own
+STRONGEST = 1e6  # penalty, so that no logit of a finite model overflows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,8 @@ class SamplingParams:
         blank line are put in token by token, and the model goes on from there. None: never. Needs a
         tokenizer.
 
-    Raises ValueError, naming the parameter, for a value outside its range.
+    Raises ValueError, naming the parameter, for a value outside its range: counts end at MOST, n at
+    MOST_SEQUENCES, penalties at STRONGEST (a repetition_penalty begins at its inverse).
     """
 
     max_new_tokens: int = 256
@@ -59,23 +63,23 @@ class SamplingParams:
 
     def __post_init__(self):
         self._normalise()
-        check_integer("max_new_tokens", self.max_new_tokens, 1)
-        check_integer("n", self.n, 1)
-        check_integer("top_k", self.top_k, 0)
+        check_integer("max_new_tokens", self.max_new_tokens, 1, MOST)
+        check_integer("n", self.n, 1, MOST_SEQUENCES)
+        check_integer("top_k", self.top_k, 0, MOST)
         check_number("temperature", self.temperature, 0)
         check_number("top_p", self.top_p, above=0, most=1)
         check_number("min_p", self.min_p, 0, 1)
-        check_number("repetition_penalty", self.repetition_penalty, above=0)
-        check_number("presence_penalty", self.presence_penalty)
-        check_number("frequency_penalty", self.frequency_penalty)
+        check_number("repetition_penalty", self.repetition_penalty, 1 / STRONGEST, STRONGEST)
+        check_number("presence_penalty", self.presence_penalty, -STRONGEST, STRONGEST)
+        check_number("frequency_penalty", self.frequency_penalty, -STRONGEST, STRONGEST)
         check_integer("seed", self.seed, 0, SEED_LIMIT - 1, none=True)
-        check_integer("thinking_budget", self.thinking_budget, 0, none=True)
+        check_integer("thinking_budget", self.thinking_budget, 0, MOST, none=True)
         if not isinstance(self.logprobs, bool):
-            check_integer("logprobs", self.logprobs, 0)
+            check_integer("logprobs", self.logprobs, 0, MOST)
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             refuse("stop", self.stop, "non-empty strings")
         stops = () if self.stop_token_ids is None else self.stop_token_ids
-        if not isinstance(stops, tuple) or not all(is_integer(token, 0) for token in stops):
+        if not isinstance(stops, tuple) or not all(is_integer(token, 0, MOST) for token in stops):
             refuse("stop_token_ids", stops, "None or token ids >= 0")
 
     def _normalise(self) -> None:
