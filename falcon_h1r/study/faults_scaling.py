@@ -33,6 +33,11 @@ def _key_on_values(parts: ModelParts) -> None:
     attend(parts, lambda q, k, v: (q, k, v * multiplier))
 
 
+def _values_not_scaled(parts: ModelParts) -> None:
+    multiplier = parts.config.attention_in_multiplier
+    parts.change_weights(".v_proj.weight", lambda w: (w.double() / multiplier).to(w.dtype))
+
+
 def _before_the_norm(key: str) -> Fault:
     """norm(m x) with eps is norm(x) with eps / m^2: the multiplier is gone but for eps."""
 
@@ -140,6 +145,13 @@ SCALING: tuple[Fault, ...] = (
         _key_on_values,
         "it belongs to k_proj's output alone",
         is_one("key_multiplier"),
+    ),
+    Fault(
+        "attention_in_multiplier missing on the values",
+        "attention_in_multiplier",
+        _values_not_scaled,
+        "it acts on the input of v_proj as well as on that of q_proj and k_proj",
+        is_one("attention_in_multiplier"),
     ),
     _before_the_norm("ssm_in_multiplier"),
     _before_the_norm("attention_in_multiplier"),

@@ -143,6 +143,7 @@ WEIGHTS = {
     "convolution bias missing": (".conv1d.bias", lambda t: t * 0),
     "softmax scale missing": (".q_proj.weight", lambda t: t * 16**0.5),
     "softmax scale of hidden_size / heads": (".q_proj.weight", lambda t: t * (16 / 12) ** 0.5),
+    "attention_in_multiplier missing on the values": (".v_proj.weight", lambda t: t / 1.3),
     "norm weight plus one": ("layernorm.weight", lambda t: t + 1),
 }
 
