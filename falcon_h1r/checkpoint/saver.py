@@ -60,8 +60,9 @@ def save(
 
     `path` must not exist, be an empty folder, or hold a Falcon-H1 checkpoint and nothing else,
     which is then replaced as a whole. The new folder is complete and on disk before the old one is
-    touched; the swap is two renames, so a crash between them leaves the old checkpoint under
-    `.NAME.replaced-*` beside it. Until then both take disk space. A failure leaves nothing behind.
+    touched, so both take disk space until then. A failure leaves nothing behind. What a killed
+    process leaves beside `path` the next save removes. The swap is two renames: after a kill
+    between them, loading from `path` or saving to it puts the new folder there first.
 
     Raises `CheckpointError` when `path` holds anything else, cannot be written, or when a tensor
     cannot be stored.
