@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def check_number(
     if value is None and none:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and above < value and least <= value <= most:
+    finite = number and abs(value) <= sys.float_info.max  # an integer may be beyond any float
+    if finite and above < value and least <= value <= most:
         return
     low = f"{above:g} < " if above != -math.inf else f"{least:g} <= "
     if most != math.inf:
@@ -77,4 +79,15 @@ def as_dtype(value, name: str = "dtype", error: type[ValueError] = ValueError) -
 
 def refuse(name: str, value, accepted: str, error: type[ValueError] = ValueError) -> None:
     """Raise `error` with the one line that every check here gives."""
-    raise error(f"{name} is {value!r}, expected {accepted}")
+    raise error(f"{name} is {shown(value)}, expected {accepted}")
+
+
+def shown(value) -> str:
+    """`repr` of anything in one line, cut to a length that leaves an error message readable."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more than 4,300 digits, a list within itself, ...
+        return f"a {type(value).__name__} that cannot be shown"
+    if "\n" in text:
+        text = " ".join(text.split())
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..checks import as_dtype
+from ..checks import as_dtype, shown
 from .errors import CheckpointError
 from .hub import CONFIG, GENERATION_CONFIG, resolve
 from .layout import (
@@ -33,7 +33,6 @@ from .layout import (
     listed,
     read_json_object,
     read_layout,
-    shown,
 )
 
 if TYPE_CHECKING:
