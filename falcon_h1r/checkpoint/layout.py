@@ -80,7 +80,7 @@ def config_values(
 ) -> tuple[Path, dict[str, Any]]:
     """The place and content of a checkpoint's config.json; no weights are fetched."""
     path = resolve(path_or_repo_id, revision, weights=False) / CONFIG
-    return path, read_json_object(path)
+    return path, read_json_object(path, extended=True)
 
 
 def read_layout(folder: Path) -> list[StoredTensor]:
@@ -154,13 +154,10 @@ def read_header(path: Path) -> list[StoredTensor]:
         return tensor_file.read_header(path, DTYPES, CheckpointError).tensors
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, whose numbers may be as Python writes them.
-
-    Raises `CheckpointError` for anything else.
-    """
+def read_json_object(path: Path, extended: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; `extended` as in `json_file`. All errors are `CheckpointError`."""
     with _as_checkpoint_errors(path):
-        return json_file.read_json_object(path, CheckpointError, extended=True)
+        return json_file.read_json_object(path, CheckpointError, extended=extended)
 
 
 @contextlib.contextmanager

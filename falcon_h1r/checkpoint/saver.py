@@ -18,9 +18,10 @@ from torch import Tensor
 from ..checks import check_integer
 from ..files import whole_folder
 from .errors import CheckpointError
+from .generation_config import read_generation_config
 from .hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, resolve
 from .layout import DTYPES, INDEX, SHARD_NAME, SINGLE, common_dtype, listed, read_json_object
-from .loader import bytes_of, read_generation_config
+from .loader import bytes_of
 
 if TYPE_CHECKING:
     from ..model import FalconH1ForCausalLM
@@ -211,7 +212,7 @@ def _refuse_foreign(target: Path) -> None:
         )
     if CONFIG not in names or not {INDEX, SINGLE} & set(names):
         raise CheckpointError(f"{target} is not replaced: it is neither empty nor a checkpoint")
-    if (kind := read_json_object(target / CONFIG).get("model_type")) != "falcon_h1":
+    if (kind := read_json_object(target / CONFIG, True).get("model_type")) != "falcon_h1":
         raise CheckpointError(
             f"{target} is not replaced: its {CONFIG} has model_type {kind!r}, expected 'falcon_h1'"
         )
