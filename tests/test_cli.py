@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_cli import Terminal, expected_text, interrupting, run, tiny_model, write_checkpoint
 
-from falcon_h1r import FalconH1ForCausalLM
+from falcon_h1r import FalconH1Config, FalconH1ForCausalLM
 from falcon_h1r.cli import build_parser
 from falcon_h1r.commands import common, generate
 from falcon_h1r.commands.terminal import Display
@@ -381,6 +381,18 @@ def test_info_prints_a_sheet_or_json(capsys, checkpoint):
     row = json.loads(out)["decode"][0]
     assert row["steps_per_second"] == pytest.approx(100e9 / row["moved_bytes"]["total"])
     assert run(capsys, "info", "falcon-h1r-7b", "--revision", "main")[0] == 2
+    assert "without effect" not in out
+
+
+def test_info_lists_keys_without_effect(capsys, tmp_path):
+    values = FalconH1Config.preset("tiny-90m").to_dict()
+    values |= {"unsloth_version": "1", "sliding_window": None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    status, out, _ = run(capsys, "info", tmp_path)
+    assert status == 0
+    assert out.endswith("of config.json without effect here: 'sliding_window', 'unsloth_version'\n")
+    _, out, _ = run(capsys, "info", tmp_path, "--json")
+    assert json.loads(out)["ignored_keys"] == ["sliding_window", "unsloth_version"]
 
 
 def test_check_refuses_weights_that_are_not_finite(capsys, tmp_path):
