@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from ..files import settle_folder
+from ..files import foreign_kind, open_file, settle_folder
 from .errors import CheckpointError
 
 EMBEDDED = "h1r-pico"  # the checkpoint that the package holds
@@ -65,7 +65,10 @@ def resolve(
             )
         return path
     if text and os.path.exists(path):
-        raise CheckpointError(f"{path} is a file, expected the folder that holds {CONFIG}")
+        kind = "a file"
+        with contextlib.suppress(OSError, ValueError), open_file(path) as file:
+            kind = foreign_kind(file.read(64)) or kind
+        raise CheckpointError(f"{path} is {kind}, expected the folder that holds {CONFIG}")
     if path_or_repo_id == EMBEDDED:
         return _embedded(revision)
     if isinstance(path_or_repo_id, os.PathLike) or not _REPO_ID.fullmatch(text):

@@ -28,9 +28,11 @@ FLOAT32_PARAMETERS = ("mamba.A_log", "mamba.D", "mamba.dt_bias")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+MERGE = "merge it into its base model first (peft's merge_and_unload), and load what that saves"
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHOWN = 8  # names listed in a message before the rest is counted
 
 
@@ -80,6 +82,8 @@ def config_values(
 ) -> tuple[Path, dict[str, Any]]:
     """The place and content of a checkpoint's config.json; no weights are fetched."""
     path = resolve(path_or_repo_id, revision, weights=False) / CONFIG
+    if not os.path.lexists(path) and (foreign := _foreign(path.parent)):
+        raise CheckpointError(f"{path} is missing: {foreign}")
     return path, read_json_object(path, extended=True)
 
 
@@ -97,15 +101,30 @@ def read_layout(folder: Path) -> list[StoredTensor]:
     if os.path.isfile(single):
         return read_header(single)
     shards = sorted(p.name for p in folder.glob("model-*.safetensors"))
-    pickled = sorted(p.name for pattern in _PICKLED for p in folder.glob(pattern))
     if shards:
         raise CheckpointError(f"{index} is missing, but {listed(shards)} need it")
-    if pickled:
-        raise CheckpointError(
-            f"{folder} holds only pickled weights ({listed(pickled)}): only safetensors are read, "
-            f"nothing is ever unpickled; expected {SINGLE} or {INDEX}"
-        )
+    if foreign := _foreign(folder):
+        raise CheckpointError(f"{foreign}; expected {SINGLE} or {INDEX}")
     raise CheckpointError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
+
+
+def _foreign(folder: Path) -> str | None:
+    """What a folder without a checkpoint of ours holds instead, if that is well known."""
+    names = sorted(os.listdir(folder))
+    if any(name == ADAPTER or name.startswith("adapter_model.") for name in names):
+        base = ""
+        with contextlib.suppress(CheckpointError):
+            base = read_json_object(folder / ADAPTER).get("base_model_name_or_path")
+        of = f" of {base}" if isinstance(base, str) and base else ""
+        return f"{folder} holds a LoRA adapter{of}: {MERGE}"
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        return f"{folder} holds GGUF files ({listed(gguf)}), which llama.cpp reads"
+    if pickled := [name for name in names if name.endswith(_PICKLED)]:
+        return (
+            f"{folder} holds only pickled weights ({listed(pickled)}): only safetensors are read, "
+            "nothing is ever unpickled"
+        )
+    return None
 
 
 def _read_shards(folder: Path, index: Path) -> list[StoredTensor]:

@@ -28,6 +28,7 @@ from .hub import CONFIG, GENERATION_CONFIG, resolve
 from .layout import (
     EMBEDDING,
     HEAD,
+    MERGE,
     StoredTensor,
     common_dtype,
     listed,
@@ -175,8 +176,11 @@ def _match(folder: Path, entries: list[StoredTensor], wanted: dict[str, Tensor])
         if items
     ]
     if problems:
+        lora = any("lora_" in name or name.startswith("base_model.") for name in found)
+        hint = f"; some are of a LoRA adapter: {MERGE}" if lora else ""
         raise CheckpointError(
-            f"{folder}: the tensors are not those that {CONFIG} describes: {'; '.join(problems)}"
+            f"{folder}: the tensors are not those that {CONFIG} describes: "
+            f"{'; '.join(problems)}{hint}"
         )
 
 
