@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from ..json_file import read_json
 from .template import ChatTemplateError, compile_template, render_template
 
 # The single special tokens a tokenizer_config.json names; templates see those that are set.
@@ -175,10 +175,7 @@ def load_tokenizer(path_or_repo_id: str | Path, revision: str | None = None) -> 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    values = read_json(path, extended=True)  # model_max_length is often an integer near 1e30
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
