@@ -278,6 +278,6 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     # numpy and zipfile raise what they meet: zlib.error, BadZipFile, NotImplementedError (a way of
     # packing), RuntimeError (a password), MemoryError (a header that claims too much), and others.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not a readable npz file: {reason}") from error
     return tensors, metadata

@@ -130,7 +130,7 @@ def test_encode_chat_adds_no_token_to_the_rendered_text(tmp_path):
 def test_a_length_beyond_64_bits_is_read(tmp_path):
     """transformers writes it where a tokenizer has no limit."""
     folder = write_tokenizer(tmp_path / "t", None)
-    (folder / "tokenizer_config.json").write_text('{"model_max_length": %d}' % int(1e30))
+    (folder / "tokenizer_config.json").write_text(f'{{"model_max_length": {int(1e30)}}}')
     load_tokenizer(folder)
 
 
