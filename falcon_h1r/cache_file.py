@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import tensor_file
-from .tensor_file import Header
+from .tensor_file import Header, bytes_of
 
 FORMAT = "falcon_h1r.cache"
 LENGTHS = "lengths"
@@ -89,5 +88,5 @@ def _sha256(tensors: dict[str, Tensor], text: str = "") -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         tensor = tensor.detach().cpu().contiguous()
-        digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

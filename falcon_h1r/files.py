@@ -101,7 +101,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         name = os.path.basename(str(error.filename or ""))
         if error.errno is not None and (not name or name.startswith(f".{target.stem}.writing-")):
-            error.filename, error.filename2 = str(path), None
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         if new is not None:

@@ -7,12 +7,13 @@ parsed here rather than by the safetensors package so that every refusal names t
 
 from __future__ import annotations
 
+import ctypes
+import json
 import math
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ INTEGERS = {
     "BOOL": torch.bool,
 }
 DTYPES = FLOATS | INTEGERS
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_RANK = 16
 MAX_NAME = 512  # characters
 _METADATA = "__metadata__"
@@ -171,22 +173,67 @@ def read_tensors(header: Header, path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 
+class Spec(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]
 ) -> None:
     """Write tensors as one safetensors file: the whole file or nothing.
 
-    Raises OSError, naming `path`, where it cannot be written, and what `whole_file` raises.
+    Raises ValueError for a dtype that the format does not have; OSError, naming `path`, where the
+    file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{path}: tensor {shown(name)} is {tensor.dtype}: no dtype of a file")
+    specs = [Spec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    def write(file: BinaryIO, spec: Spec) -> None:
+        tensor = tensors[spec.name].detach().cpu().contiguous()
+        file.write(bytes_of(tensor))
+
     with whole_file(path) as new:
-        try:
-            save_file(tensors, new, metadata=metadata)
-        except SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else 0
-            reason = os.strerror(number) if code else str(error)
-            raise OSError(number, reason, str(path)) from error
+        write_safetensors(new, specs, write, metadata)
+
+
+def write_safetensors(
+    path: Path,
+    specs: Iterable[Spec],
+    write: Callable[[BinaryIO, Spec], None],
+    metadata: dict[str, str],
+) -> None:
+    """Write the file in place: its header, then write(file, spec) for each tensor."""
+    # Widest dtypes first keeps every tensor aligned, which readers that map the file rely on.
+    specs = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    header: dict[str, Any] = {_METADATA: metadata}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for spec in specs:
+            write(file, spec)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable; it must not outlive the tensor."""
+    assert tensor.device.type == "cpu" and tensor.is_contiguous()
+    array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(array).cast("B")

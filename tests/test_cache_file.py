@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from falcon_h1r import cache_file
 from falcon_h1r.cache import TENSORS, Cache
+from falcon_h1r.files import whole_file
+from falcon_h1r.tensor_file import read_header, write_safetensors, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +138,18 @@ def test_places_that_cannot_be_written_or_read(tmp_path, model):
             Cache.load(path, model)
     with pytest.raises(IsADirectoryError):
         Cache.load(tmp_path, model)
+
+
+def test_the_file_that_is_written_is_the_one_that_is_locked(tmp_path):
+    """A writer that puts another file in its place would look abandoned to the next."""
+    with whole_file(tmp_path / "c") as new:
+        inode = new.stat().st_ino
+        write_safetensors(new, [], lambda file, spec: None, {"a": "b"})
+        assert new.stat().st_ino == inode
+    assert read_header(tmp_path / "c") == ([], {"a": "b"})
+
+
+def test_dtypes_that_the_format_does_not_have_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"tensor 'x' is torch.complex64"):
+        write_tensors(tmp_path / "c", {"x": torch.zeros(2).cfloat()}, {})
+    assert list(tmp_path.iterdir()) == []

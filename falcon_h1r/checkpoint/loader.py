@@ -10,7 +10,6 @@ reading. What makes reading fast is where the bytes go, see `_allocate`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import mmap
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..checks import as_dtype, shown
+from ..tensor_file import StoredTensor, bytes_of
 from .errors import CheckpointError
 from .generation_config import end_token_ids, read_generation_config
 from .hub import CONFIG, GENERATION_CONFIG, resolve
@@ -29,7 +29,6 @@ from .layout import (
     EMBEDDING,
     HEAD,
     MERGE,
-    StoredTensor,
     common_dtype,
     listed,
     read_layout,
@@ -275,13 +274,6 @@ def _read_into(file: BinaryIO, out: Tensor, entry: StoredTensor) -> None:
                 f"{entry.file}: tensor {shown(entry.name)}: the file ended {len(view)} bytes early"
             )
         view = view[count:]
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable; it must not outlive the tensor."""
-    assert tensor.device.type == "cpu" and tensor.is_contiguous()
-    array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return memoryview(array).cast("B")
 
 
 def _refuse_non_finite(tensor: Tensor, entry: StoredTensor) -> None:

@@ -48,6 +48,8 @@ def counting(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:20]}... is beyond 64 bits")
     return value
 
 

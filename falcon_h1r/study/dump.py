@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -262,7 +263,8 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     tensors, metadata = {}, {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with warnings.catch_warnings(), np.load(path, allow_pickle=False) as file:
+            warnings.simplefilter("ignore")  # Python's, about the text of a damaged header
             packed = sum(member.compress_size for member in file.zip.infolist())
             size = sum(member.file_size for member in file.zip.infolist())
             if size > _SMALL and size > _MOST_PACKED * packed:
