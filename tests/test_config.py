@@ -197,6 +197,16 @@ def test_null_means_what_it_means_in_transformers():
         refused(key, **{key: None})
 
 
+def test_numbers_as_python_writes_them(tmp_path):
+    """Older versions of transformers write Infinity; a NaN is refused by its key, not as JSON."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(RELEASED | {"time_step_limit": [0.0, math.inf], "_loss": math.nan}))
+    assert FalconH1Config.from_pretrained(tmp_path) == read()
+    file.write_text(json.dumps(RELEASED | {"key_multiplier": math.nan}))
+    with pytest.raises(ConfigError, match=r"config\.json: .*key_multiplier is nan"):
+        FalconH1Config.from_pretrained(tmp_path)
+
+
 def deep(levels):
     value = []
     for _ in range(levels):

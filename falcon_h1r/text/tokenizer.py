@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from ..files import foreign_kind, open_file
 from ..json_file import read_json
 from .template import ChatTemplateError, compile_template, render_template
 
@@ -159,7 +160,9 @@ def load_tokenizer(path_or_repo_id: str | Path, revision: str | None = None) -> 
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the wheel raises bare Exception for every fault of the file
-        raise ValueError(f"{path}: {error}") from error
+        with open_file(path) as file:
+            kind = foreign_kind(file.read(64))
+        raise ValueError(f"{path} is {kind}" if kind else f"{path}: {error}") from error
     config = _read_json(folder / "tokenizer_config.json")
     special = {
         **_special_tokens(_read_json(folder / "special_tokens_map.json")),
