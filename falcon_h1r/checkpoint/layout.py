@@ -94,11 +94,11 @@ def read_layout(folder: Path) -> list[StoredTensor]:
     shards and any malformed file.
     """
     single, index = folder / SINGLE, folder / INDEX
-    if os.path.isfile(single) and os.path.isfile(index):
+    if os.path.lexists(single) and os.path.lexists(index):
         raise CheckpointError(f"{folder} holds both {SINGLE} and {INDEX}, expected one of them")
-    if os.path.isfile(index):
+    if os.path.lexists(index):
         return _read_shards(folder, index)
-    if os.path.isfile(single):
+    if os.path.lexists(single):
         return read_header(single)
     shards = sorted(p.name for p in folder.glob("model-*.safetensors"))
     if shards:
@@ -115,7 +115,7 @@ def _foreign(folder: Path) -> str | None:
         base = ""
         with contextlib.suppress(CheckpointError):
             base = read_json_object(folder / ADAPTER).get("base_model_name_or_path")
-        of = f" of {base}" if isinstance(base, str) and base else ""
+        of = f" of {shown(base)}" if base else ""
         return f"{folder} holds a LoRA adapter{of}: {MERGE}"
     if gguf := [name for name in names if name.endswith(".gguf")]:
         return f"{folder} holds GGUF files ({listed(gguf)}), which llama.cpp reads"

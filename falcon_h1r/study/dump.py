@@ -218,6 +218,8 @@ def _inputs(path, config, input_ids, attention_mask=None, pieces=None) -> Inputs
 
     if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.dtype not in _INTEGERS:
         refuse(f"input_ids is {found(input_ids)}, expected (b, l) integers")
+    if (length := input_ids.shape[1]) > (most := config.max_position_embeddings):
+        refuse(f"input_ids has {length} columns, the model at most {most} positions")
     input_ids = input_ids.long()
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= config.vocab_size:

@@ -207,7 +207,7 @@ FOREIGN = {
         lambda f: (f / "config.json").write_text("<html>"),
         ["config.json is an HTML"],
     ),
-    "adapter": (adapter, ["config.json is missing", "LoRA adapter of tiiuae/x", "merge"]),
+    "adapter": (adapter, ["config.json is missing", "LoRA adapter of 'tiiuae/x'", "merge"]),
     "adapter with a config": (
         lambda f: (f / FILE).rename(f / "adapter_model.safetensors"),
         ["holds a LoRA adapter: merge", FILE],
@@ -231,6 +231,14 @@ FOREIGN = {
     "long config": (
         lambda f: os.truncate(f / "config.json", 2**40),
         ["config.json", "more than 16777216 bytes"],
+    ),
+    "weights a pipe": (
+        lambda f: ((f / FILE).unlink(), os.mkfifo(f / FILE)),
+        [FILE, "is a pipe, expected a regular file"],
+    ),
+    "weights a broken link": (
+        lambda f: ((f / FILE).unlink(), (f / FILE).symlink_to(f / "gone")),
+        [f"{FILE} is missing"],
     ),
     "80,000 sizes": (edit(HEAD, shape=[2**62] * 80_000), [FILE, HEAD, "at most 16 sizes"]),
     "17 sizes": (edit(HEAD, shape=[1] * 17), [FILE, HEAD, "at most 16 sizes"]),

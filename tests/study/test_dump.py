@@ -109,6 +109,7 @@ def small(model, **changes):
         ({"input_ids": torch.tensor([1, 2, 3])}, "input_ids is (3,) torch.int64"),
         ({"input_ids": torch.zeros(1, 3)}, "input_ids is (1, 3) torch.float32"),
         ({"attention_mask": torch.ones(1, 4)}, "attention_mask has shape (1, 4)"),
+        ({"input_ids": torch.ones(1, 10**5).long()}, "input_ids has 100000 columns, the model at"),
         ({"input_ids": torch.tensor(3)}, "input_ids is () torch.int64"),
         ({"input_ids": torch.ones(1, 3).bool()}, "input_ids is (1, 3) torch.bool"),
         ({"input_ids": torch.ones(1, 3).cfloat()}, "input_ids is (1, 3) torch.complex64"),
