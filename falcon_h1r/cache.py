@@ -137,7 +137,7 @@ class Cache:
 
         Raises ValueError for another file, and for one that another config or weights made.
         """
-        content = cls(**read_tensors(path, (*TENSORS, "lengths"), model))
+        content = cls(**read_tensors(path, _layout, model))
         check_integer("max_length", max_length, content.max_length, none=True)
         cache = model.new_cache(content.batch_size, max_length or content.max_length)
         cache.restore(content)

@@ -2,51 +2,80 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from .files import whole_file
+from . import tensor_file
+from .tensor_file import Header, bytes_of
 
 FORMAT = "falcon_h1r.cache"
+LENGTHS = "lengths"
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], model) -> None:
-    """Write `tensors` with the fingerprint of `model`: the whole file or nothing."""
-    from safetensors.torch import save_file
+    """Write `tensors` with the fingerprint of `model`: the whole file or nothing.
 
+    Raises OSError, naming `path`, where it cannot be written.
+    """
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "fingerprint": fingerprint(model), "content": _sha256(tensors)}
-    with whole_file(path) as new:
-        save_file(tensors, new, metadata=metadata)
+    tensor_file.write_tensors(path, tensors, metadata)
 
 
-def read_tensors(path: str | Path, names: tuple[str, ...], model) -> dict[str, Tensor]:
-    """The tensors that `write_tensors` wrote under these names for `model`.
+def read_tensors(path: str | Path, layout: Callable[..., dict], model) -> dict[str, Tensor]:
+    """The tensors of a cache that `write_tensors` wrote for `model`, and their lengths.
 
-    Raises ValueError when the file is no such file, is damaged, or was made by another config or
-    other weights.
+    layout: (config, rows, positions, dtype) -> {name: (shape, dtype)} of all but the lengths.
+
+    Raises ValueError when the file is no such file, is damaged, was made by another config or other
+    weights, or holds tensors of another shape or dtype, or lengths beyond what is stored; OSError
+    where it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable cache file: {error}") from error
-    if metadata.get("format") != FORMAT or set(stored) != set(names):
+    header = tensor_file.read_header(path)
+    expected_names = {*layout(model.config, 1, 1, model.dtype), LENGTHS}
+    found_names = {entry.name for entry in header.tensors}
+    if header.metadata.get("format") != FORMAT or found_names != expected_names:
         raise ValueError(f"{path}: not a cache file of falcon_h1r")
-    if (found := metadata.get("fingerprint")) != (expected := fingerprint(model)):
+    if (found := header.metadata.get("fingerprint")) != (expected := fingerprint(model)):
         raise ValueError(
             f"{path}: made by another model: fingerprint {found}, this model's is {expected}"
         )
-    if metadata.get("content") != _sha256(stored):
+    _check_shapes(path, header, layout, model)
+    stored = tensor_file.read_tensors(header, path)
+    if header.metadata.get("content") != _sha256(stored):
         raise ValueError(f"{path}: damaged: the tensors are not those that were saved")
+    lengths, positions = stored[LENGTHS], stored["keys"].shape[3]
+    if not bool(((lengths >= 0) & (lengths <= positions)).all()):
+        raise ValueError(
+            f"{path}: lengths {_listed(lengths)}, expected some of 0 .. {positions}, the positions "
+            "that are stored"
+        )
     return stored
+
+
+def _check_shapes(path: str | Path, header: Header, layout: Callable[..., dict], model) -> None:
+    """Rows and positions are those of the keys; all else follows from them and the config."""
+    stored = {entry.name: entry for entry in header.tensors}
+    shape = stored["keys"].shape
+    rows, positions = (shape[1], shape[3]) if len(shape) == 5 else (0, 0)
+    expected = layout(model.config, max(rows, 1), max(positions, 1), model.dtype)
+    for name, (shape, dtype) in (expected | {LENGTHS: ((max(rows, 1),), torch.int64)}).items():
+        entry = stored[name]
+        if (entry.shape, entry.dtype) != (tuple(shape), dtype):
+            raise ValueError(
+                f"{path}: {name} is {list(entry.shape)} {entry.dtype}, expected {list(shape)} "
+                f"{dtype}"
+            )
+
+
+def _listed(lengths: Tensor) -> str:
+    shown = ", ".join(map(str, lengths[:8].tolist()))
+    return shown if len(lengths) <= 8 else f"{shown}, ..."
 
 
 def fingerprint(model) -> str:
@@ -59,5 +88,5 @@ def _sha256(tensors: dict[str, Tensor], text: str = "") -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         tensor = tensor.detach().cpu().contiguous()
-        digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

@@ -58,8 +58,7 @@ def check_number(
     if value is None and none:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # An int may be finite and too large for a float.
-    finite = number and value == value and abs(value) <= sys.float_info.max
+    finite = number and abs(value) <= sys.float_info.max  # an integer may be beyond any float
     if finite and above < value and least <= value <= most:
         return
     low = f"{above:g} < " if above != -math.inf else f"{least:g} <= "
@@ -125,10 +124,15 @@ def as_mask(name: str, mask, shape: Sequence[int]) -> torch.Tensor:
 
 def refuse(name: str, value, accepted: str, error: type[ValueError] = ValueError) -> None:
     """Raise `error` with the one line that every check here gives."""
+    raise error(f"{name} is {shown(value)}, expected {accepted}")
+
+
+def shown(value) -> str:
+    """`repr` of anything in one line, cut to a length that leaves an error message readable."""
     try:
-        found = repr(value)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
-        found = f"{type(value).__name__} of too many digits to print"
-    if len(found) > 200:
-        found = f"{found[:60]} ... ({len(found):,} characters)"
-    raise error(f"{name} is {found}, expected {accepted}")
+        text = repr(value)
+    except Exception:  # an integer of more than 4,300 digits, a list within itself, ...
+        return f"a {type(value).__name__} that cannot be shown"
+    if "\n" in text:
+        text = " ".join(text.split())
+    return text if len(text) <= 120 else text[:117] + "..."

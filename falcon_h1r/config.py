@@ -20,6 +20,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .checks import is_integer, shown
+from .config_keys import IGNORED, NEUTRAL, NULL_VALUES, OPTIONAL, OWN, REQUIRED_VALUES
 from .presets import PRESETS
 
 
@@ -27,30 +29,7 @@ class ConfigError(ValueError):
     """A configuration that does not describe a Falcon-H1 model this package can run."""
 
 
-# Keys that may be absent, as in the released files; the value is what absence means.
-OPTIONAL = {
-    "time_step_limit": (0.0, math.inf),
-    "bos_token_id": None,
-    "pad_token_id": None,
-    "eos_token_id": None,
-    "initializer_range": 0.02,
-}
-
-# Keys that say nothing about the forward pass: read by other programs, or by trainers only.
-IGNORED = frozenset(
-    "architectures model_type transformers_version torch_dtype dtype use_cache num_logits_to_keep "
-    "mlp_expansion_factor time_step_min time_step_max time_step_floor _name_or_path "
-    "_attn_implementation_autoset output_attentions output_hidden_states return_dict "
-    "problem_type id2label label2id chunk_size_feed_forward is_encoder_decoder auto_map".split()
-)
-
-# Keys accepted with one value only, because the package has no code for another one.
-REQUIRED_VALUES = {
-    "hidden_act": "silu",
-    "attention_dropout": 0.0,
-    "attn_layer_indices": None,
-    "mamba_use_mlp": True,
-}
+_MOST = 2**128  # of integers: what is made of them still fits a float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,30 +132,36 @@ class FalconH1Config:
         """Read the content of a `config.json`.
 
         Rope keys may be flat (`rope_theta`, `rope_scaling`) or nested (`rope_parameters`); eos may
-        be an int or a list; `head_dim`, where absent, is hidden_size / num_attention_heads, as its
-        absence means in saved files (the tensors' shapes are checked at loading).
+        be an int or a list, and -1 means none; `head_dim`, where absent, is hidden_size /
+        num_attention_heads, as its absence means in saved files (the tensors' shapes are checked at
+        loading). Keys without effect on the forward pass are let through: `ignored_keys` lists
+        them. So are unknown keys whose value is null.
         Raises `ConfigError` for a missing or unknown architecture key and for a value the package
         has no code for.
         """
         if not isinstance(values, dict):
             raise ConfigError(f"config: expected a JSON object, found {type(values).__name__}")
+        if odd := [key for key in values if not isinstance(key, str)]:
+            raise ConfigError(f"config: the key {shown(odd[0])} is no string")
         values = {key: _decode_special_float(value) for key, value in values.items()}
         if (found := values.get("model_type", "falcon_h1")) != "falcon_h1":
-            raise ConfigError(f"config: model_type is {found!r}, expected 'falcon_h1'")
+            raise ConfigError(f"config: model_type is {shown(found)}, expected 'falcon_h1'")
+        for key in ("quantization_config", "quantization"):
+            if values.get(key) is not None:
+                raise ConfigError(f"config: {key}: quantised checkpoints cannot be loaded")
         values = _flatten_rope(values)
+        values = {key: value for key, value in values.items() if not _is_ignored(key, value)}
         for key, expected in REQUIRED_VALUES.items():
             if values.pop(key, expected) != expected:
                 raise ConfigError(f"config: only {key}={json.dumps(expected)} is supported")
-        values = {key: value for key, value in values.items() if key not in IGNORED}
-        if values.get("head_dim") is None and {"hidden_size", "num_attention_heads"} <= set(values):
-            width, heads = values["hidden_size"], values["num_attention_heads"]
-            if isinstance(width, int) and isinstance(heads, int) and heads > 0:
-                values["head_dim"] = width // heads
+        _fill_nulls(values)
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
-            close = difflib.get_close_matches(unknown[0], known, n=1)
+            close = difflib.get_close_matches(unknown[0][:99], known, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ConfigError(f"config: unknown keys: {', '.join(unknown)}{hint}")
+            names = ", ".join(shown(name) for name in unknown[:8])
+            more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+            raise ConfigError(f"config: unknown keys: {names}{more}{hint}")
         if missing := [name for name in known if name not in values and name not in OPTIONAL]:
             raise ConfigError(f"config: missing keys: {', '.join(missing)}")
         return cls(**values)
@@ -222,39 +207,70 @@ class FalconH1Config:
             raise ConfigError(f"{path}: {error}") from error
 
 
+def ignored_keys(values: dict[str, Any]) -> list[str]:
+    """The keys of a `config.json` that say nothing about the forward pass and are not ours."""
+    return sorted(key for key in values if key not in OWN and _is_ignored(key, values[key]))
+
+
+def _is_ignored(key: str, value: Any) -> bool:
+    if key in FalconH1Config.__dataclass_fields__ or key == "hidden_act":
+        return False
+    private = key.startswith("_")  # of transformers: _name_or_path, _attn_implementation, ...
+    return (
+        value is None
+        or private
+        or key in IGNORED
+        or (key in NEUTRAL and type(value) is type(NEUTRAL[key]) and value == NEUTRAL[key])
+    )
+
+
+def _fill_nulls(values: dict[str, Any]) -> None:
+    """Put in place what null means."""
+    for key, meaning in NULL_VALUES.items():
+        if key in values and values[key] is None:
+            values[key] = meaning
+    if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = values.get("num_attention_heads")
+    if values.get("eos_token_id") == -1:
+        values["eos_token_id"] = None
+    width, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if values.get("head_dim") is None and is_integer(width, 1) and is_integer(heads, 1):
+        values["head_dim"] = width // heads
+
+
 def _decode_special_float(value: Any) -> Any:
+    if isinstance(value, list):  # of numbers, wherever one has a meaning here
+        return [_decode_special_float(item) if isinstance(item, dict) else item for item in value]
     if isinstance(value, dict) and set(value) == {"__float__"}:
         try:
             return float(value["__float__"])
         except (TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"config: {value!r} is not a number") from error
-    if isinstance(value, list):
-        return [_decode_special_float(item) for item in value]
+            raise ConfigError(f"config: {shown(value)} is not a number") from error
     return value
 
 
 def _flatten_rope(values: dict[str, Any]) -> dict[str, Any]:
     """Reduce flat and nested rope keys to `rope_theta`; refuse every scaling by its name."""
     values = dict(values)
-    thetas = [values.pop("rope_theta")] if "rope_theta" in values else []
+    thetas = [values.pop("rope_theta")] if values.get("rope_theta") is not None else []
     for key in ("rope_scaling", "rope_parameters"):
         nested = values.pop(key, None)
         if nested is None:
             continue
         if not isinstance(nested, dict):
-            raise ConfigError(f"config: {key} is {nested!r}, expected null or an object")
-        nested = dict(nested)
+            raise ConfigError(f"config: {key} is {shown(nested)}, expected null or an object")
+        nested = {str(name): value for name, value in nested.items()}
         for name in ("rope_type", "type"):
             if (kind := nested.pop(name, "default")) != "default":
                 raise ConfigError(
-                    f"config: {key}: rope type {kind!r} is not supported, only 'default'"
+                    f"config: {key}: rope type {shown(kind)} is not supported, only 'default'"
                 )
         if "rope_theta" in nested:
             thetas.append(nested.pop("rope_theta"))
-        if nested:
-            raise ConfigError(f"config: {key}: unknown keys: {', '.join(sorted(nested))}")
+        if unknown := sorted(name for name in nested if not _is_ignored(name, nested[name])):
+            raise ConfigError(f"config: {key}: unknown keys: {shown(unknown)}")
     if any(theta != thetas[0] for theta in thetas):
-        raise ConfigError(f"config: contradicting rope_theta values {thetas}")
+        raise ConfigError(f"config: contradicting rope_theta values {shown(thetas)}")
     if thetas:
         values["rope_theta"] = thetas[0]
     return values
@@ -262,17 +278,14 @@ def _flatten_rope(values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_types(config: FalconH1Config) -> None:
     def refuse(name: str, expected: str):
-        raise ConfigError(f"config: {name} is {getattr(config, name)!r}, expected {expected}")
+        raise ConfigError(f"config: {name} is {shown(getattr(config, name))}, expected {expected}")
 
     def is_number(value) -> bool:  # a finite one; an integer may be beyond what a float holds
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number and abs(value) <= sys.float_info.max
 
-    def is_integer(value) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
     def is_count(value) -> bool:
-        return is_integer(value) and value > 0
+        return is_integer(value, 1, _MOST)
 
     for field in fields(config):
         name, value, kind = field.name, getattr(config, field.name), field.type
@@ -282,7 +295,7 @@ def _check_types(config: FalconH1Config) -> None:
             refuse(name, "true or false")
         elif kind == "float" and not is_number(value):
             refuse(name, "a finite number")
-        elif kind == "int | None" and not (value is None or is_integer(value)):
+        elif kind == "int | None" and not (value is None or is_integer(value, -_MOST, _MOST)):
             refuse(name, "an integer or null")
     for name, length in (("ssm_multipliers", 5), ("mlp_multipliers", 2)):
         value = getattr(config, name)
@@ -301,7 +314,7 @@ def _check_types(config: FalconH1Config) -> None:
     if config.mamba_d_ssm is not None and not is_count(config.mamba_d_ssm):
         refuse("mamba_d_ssm", "a positive integer or null")
     eos = config.eos_token_ids
-    if not (isinstance(eos, tuple) and all(is_integer(i) and i >= 0 for i in eos)):
+    if not (isinstance(eos, tuple) and all(is_integer(i, 0, _MOST) for i in eos)):
         refuse("eos_token_id", "a token id, a list of them or null")
 
 

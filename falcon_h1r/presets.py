@@ -85,7 +85,6 @@ def _geometry(
     ssm: tuple[int, int, int],
     state: int,
     groups: int = 1,
-    chunk: int = 128,
     norm: bool = True,
     positions: int,
 ) -> Provenance:
@@ -106,7 +105,7 @@ def _geometry(
             "mamba_d_head": ssm[2],
             "mamba_d_state": state,
             "mamba_n_groups": groups,
-            "mamba_chunk_size": chunk,
+            "mamba_chunk_size": 128,
             "mamba_rms_norm": norm,
             "max_position_embeddings": positions,
         },
@@ -256,7 +255,8 @@ PRESETS: dict[str, tuple[Provenance, ...]] = {
     "falcon-h1-7b": (
         _COMMON,
         _TOKENS,
-        _geometry("printed", _PLAN, chunk=256, **_SHAPE_7B),
+        # Of the Base model; the Instruct model's vocabulary is 130049 and its chunk 256.
+        _geometry("printed", _PLAN, **_SHAPE_7B),
         _MULTIPLIERS_7B,
     ),
     "falcon-h1-34b": (

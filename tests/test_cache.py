@@ -363,11 +363,11 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypat
     cache.save(path, model)
     old = path.read_bytes()
 
-    def full_disk(tensors, partial, metadata):
+    def full_disk(partial, *arguments):
         partial.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    monkeypatch.setattr("falcon_h1r.tensor_file.write_safetensors", full_disk)
     with pytest.raises(OSError, match="no space"):
         cache.save(path, model)
     assert [p.name for p in tmp_path.iterdir()] == ["cache"] and path.read_bytes() == old

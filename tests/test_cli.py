@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_cli import Terminal, expected_text, interrupting, run, tiny_model, write_checkpoint
 
-from falcon_h1r import FalconH1ForCausalLM
+from falcon_h1r import FalconH1Config, FalconH1ForCausalLM
 from falcon_h1r.cli import build_parser
 from falcon_h1r.commands import common, generate
 from falcon_h1r.commands.terminal import Display
@@ -227,8 +227,39 @@ def test_defaults_come_from_generation_config(checkpoint, tmp_path):
     assert prepared({"temperature": None}).temperature == 0
     assert prepared({"eos_token_id": 9}).stop_token_ids == (3, 4, 9)
     assert prepared({}).max_new_tokens == common.MAX_NEW_TOKENS
-    with pytest.raises(ValueError, match="temperature is 'hot'"):
-        prepared({"temperature": "hot"})
+    assert prepared({"temperature": "hot"}, "--temperature", "1").temperature == 1
+    for wrong, words in (
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"max_new_tokens": -2}, "max_new_tokens is -2"),
+        ({"do_sample": "yes"}, "do_sample is 'yes', expected true or false"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            prepared(wrong)
+        assert str(folder / "generation_config.json") in str(caught.value)
+
+
+def test_what_generation_config_leaves_open(checkpoint, tmp_path):
+    """null and -1 are no values, and sampling without a temperature has temperature 1."""
+    folder = write_checkpoint(tmp_path / "configured")
+
+    def prepared(**stored):
+        (folder / "generation_config.json").write_text(json.dumps(stored))
+        args = build_parser().parse_args(["generate", "x", "--model", str(folder)])
+        return common.prepare(args).params
+
+    plain = prepared()
+    names = "temperature top_k top_p min_p repetition_penalty max_new_tokens do_sample eos_token_id"
+    for name in names.split():
+        for value in (None, -1, -1.0):
+            assert prepared(**{name: value}) == plain, (name, value)
+    assert prepared(do_sample=True).temperature == 1.0
+    assert prepared(do_sample=True, temperature=None, top_k=-1).temperature == 1.0
+    assert prepared(do_sample=True, temperature=0.6).temperature == 0.6
+    assert prepared(do_sample=None, temperature=0.6).temperature == 0.6
+    assert prepared(do_sample=False, temperature=0.6).temperature == 0.0
 
 
 def test_a_default_length_is_cut_to_what_fits(capsys, checkpoint):
@@ -350,6 +381,18 @@ def test_info_prints_a_sheet_or_json(capsys, checkpoint):
     row = json.loads(out)["decode"][0]
     assert row["steps_per_second"] == pytest.approx(100e9 / row["moved_bytes"]["total"])
     assert run(capsys, "info", "falcon-h1r-7b", "--revision", "main")[0] == 2
+    assert "without effect" not in out
+
+
+def test_info_lists_keys_without_effect(capsys, tmp_path):
+    values = FalconH1Config.preset("tiny-90m").to_dict()
+    values |= {"unsloth_version": "1", "sliding_window": None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    status, out, _ = run(capsys, "info", tmp_path)
+    assert status == 0
+    assert out.endswith("of config.json without effect here: 'sliding_window', 'unsloth_version'\n")
+    _, out, _ = run(capsys, "info", tmp_path, "--json")
+    assert json.loads(out)["ignored_keys"] == ["sliding_window", "unsloth_version"]
 
 
 def test_check_refuses_weights_that_are_not_finite(capsys, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import VARIANTS, make_config
 from transformers import FalconH1Config as WitnessConfig
 
-from falcon_h1r.config import OPTIONAL, ConfigError, FalconH1Config
+from falcon_h1r.config import OPTIONAL, OWN, ConfigError, FalconH1Config, ignored_keys
 from falcon_h1r.model import FalconH1ForCausalLM
 from falcon_h1r.presets import PRESETS, closed_form_multipliers
 
@@ -117,9 +117,117 @@ def test_unknown_keys_without_a_likeness_are_still_named():
     assert "did you mean" not in refused("unknown.*zzz", zzz=1)
 
 
-def test_keys_without_meaning_here_are_accepted():
-    kept = read(torch_dtype="bfloat16", dtype="float32", use_cache=False, transformers_version="9")
-    assert kept == read()
+BOOKKEEPING = {
+    "unsloth_version": "2025.1",
+    "unsloth_fixed": True,
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "torchscript": True,
+    "_attn_implementation": "sdpa",
+    "_attn_implementation_autoset": True,
+    "_commit_hash": "0" * 40,
+    "use_cache": False,
+    "transformers_version": "9",
+    "num_labels": 2,
+    "id2label": {"0": "a"},
+    "temperature": 0.7,
+    "bad_words_ids": [[5]],
+    "auto_map": {"AutoConfig": "a.b"},
+    "is_decoder": True,
+    "task_specific_params": None,
+    "sliding_window": None,
+    "quantization_config": None,
+    "layer_types": None,
+    "an_unknown_key": None,
+    "pruned_heads": {},
+    "add_cross_attention": False,
+    "partial_rotary_factor": 1.0,
+    "use_sliding_window": False,
+}
+
+
+@pytest.mark.parametrize("key", BOOKKEEPING)
+def test_keys_without_effect_are_let_through_and_listed(key):
+    values = RELEASED | {key: BOOKKEEPING[key], "torch_dtype": "float32", "dtype": "float16"}
+    assert FalconH1Config.from_dict(values) == read()
+    assert ignored_keys(values) == [key] and ignored_keys(RELEASED) == []
+
+
+def test_all_keys_that_transformers_writes_are_known():
+    """Nothing is listed of it but what has no effect; nothing is refused."""
+    values = WitnessConfig(**RELEASED).to_dict()
+    assert FalconH1Config.from_dict(values | BOOKKEEPING) == read()
+    assert set(ignored_keys(values)) < set(values) - set(RELEASED)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sliding_window", 4096),
+        ("use_sliding_window", True),
+        ("use_sliding_window", 0),
+        ("partial_rotary_factor", 0.5),
+        ("partial_rotary_factor", True),
+        ("pruned_heads", {"0": [1]}),
+        ("add_cross_attention", True),
+        ("use_bfloat16", True),
+        ("layer_types", ["full_attention"]),
+        ("final_logit_softcapping", 30.0),
+        ("quantization_config", {"bits": 4}),
+        ("quantization", {"bits": 4}),
+        ("residual_multiplier", 1.0),
+    ],
+)
+def test_keys_that_could_change_the_arithmetic_are_refused(key, value):
+    refused(key, **{key: value})
+
+
+def test_null_means_what_it_means_in_transformers():
+    assert read(num_key_value_heads=None).num_key_value_heads == 12
+    assert read(ssm_multipliers=None).ssm_multipliers == (1.0,) * 5
+    assert read(mlp_multipliers=None).mlp_multipliers == (1.0, 1.0)
+    for key in ("mamba_conv_bias", "mamba_proj_bias", "projectors_bias"):
+        assert getattr(read(**{key: None}), key) is False
+    assert not read(mamba_rms_norm=None).mamba_rms_norm
+    assert read(attention_dropout=None, mamba_use_mlp=None) == read()
+    assert read(rope_theta=None, rope_parameters={"rope_theta": 1e11, "factor": None}) == read()
+    assert read(eos_token_id=-1).eos_token_ids == ()
+    witness = WitnessConfig(**(RELEASED | {"num_key_value_heads": None, "mlp_multipliers": None}))
+    assert (witness.num_key_value_heads, witness.mlp_multipliers) == (12, [1.0, 1.0])
+    for key in ("hidden_size", "key_multiplier", "rms_norm_eps", "mamba_n_groups", "hidden_act"):
+        refused(key, **{key: None})
+
+
+def test_numbers_as_python_writes_them(tmp_path):
+    """Older versions of transformers write Infinity; a NaN is refused by its key, not as JSON."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(RELEASED | {"time_step_limit": [0.0, math.inf], "_loss": math.nan}))
+    assert FalconH1Config.from_pretrained(tmp_path) == read()
+    file.write_text(json.dumps(RELEASED | {"key_multiplier": math.nan}))
+    with pytest.raises(ConfigError, match=r"config\.json: .*key_multiplier is nan"):
+        FalconH1Config.from_pretrained(tmp_path)
+
+
+def deep(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("key", sorted({*RELEASED, "rope_parameters", "unknown"} - OWN))
+def test_values_that_cannot_be_shown_are_refused_too(key):
+    for value in (deep(10_000), 10**5000, [10**5000] * 5, [deep(10_000)] * 2, {1: 2}, math.nan):
+        with pytest.raises(ConfigError) as caught:
+            FalconH1Config.from_dict(RELEASED | {key: value})
+        assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_keys_are_strings_and_shown_as_such():
+    for key in (1, None, ("a",)):
+        with pytest.raises(ConfigError, match="is no string"):
+            FalconH1Config.from_dict(RELEASED | {key: 1})
+    message = refused("unknown", **{"a\nb": 1} | {f"k{n}" * 500: 1 for n in range(50)})
+    assert "and 43 more" in message and len(message) < 1500
 
 
 @pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope", "llama3", None])
@@ -297,6 +405,12 @@ def test_printed_multipliers_follow_the_closed_form(name):
         found = getattr(config, key)
         found, value = (v if isinstance(v, tuple) else (v,) for v in (found, value))
         assert all(map(lambda a, b: math.isclose(a, b, rel_tol=5e-7), found, value)), key
+
+
+def test_the_7b_preset_is_of_one_model():
+    """Base: vocabulary 130048, chunk 128. Instruct has 130049 and 256."""
+    base = FalconH1Config.preset("falcon-h1-7b")
+    assert (base.vocab_size, base.mamba_chunk_size) == (130048, 128)
 
 
 def test_presets_name_their_sources():

@@ -19,8 +19,9 @@ PACKAGE = ROOT / "falcon_h1r"
 
 # A room may import rooms above it. A name may be a file or a folder of falcon_h1r/.
 ROOMS = [
-    ["checks", "files", "precision", "presets", "table_names", "tables"],
-    ["norm", "rope"],
+    ["checks", "config_keys", "files", "precision", "presets", "table_names", "tables"],
+    ["json_file"],
+    ["norm", "rope", "tensor_file"],
     ["attention", "conv", "ssd", "mlp", "cache_file"],
     ["scan", "cache", "mamba2"],
     ["block", "cpu"],

@@ -2,10 +2,11 @@
 
 from .errors import CheckpointError
 from .fold import fold_multipliers
+from .generation_config import end_token_ids, read_generation_config, sampling_defaults
 from .gguf import save_gguf
 from .hub import resolve
 from .layout import TensorInfo, config_values, inspect, stored_dtype
-from .loader import end_token_ids, load, read_generation_config
+from .loader import load
 from .saver import save
 from .stream import Streamed, stream_modules
 
@@ -20,6 +21,7 @@ __all__ = [
     "load",
     "read_generation_config",
     "resolve",
+    "sampling_defaults",
     "save",
     "save_gguf",
     "stored_dtype",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
+from ..files import foreign_kind, open_file, settle_folder
 from .errors import CheckpointError
 
 EMBEDDED = "h1r-pico"  # the checkpoint that the package holds
@@ -32,7 +34,8 @@ def resolve(
     """Folder that holds the checkpoint.
 
     path_or_repo_id: a local folder, a hub repository id "owner/name", or "h1r-pico", the embedded
-        checkpoint; an existing folder wins.
+        checkpoint; an existing folder wins, and one whose save was killed at its very end is put
+        into its place first.
     revision: branch, tag or commit of a hub repository; refused for all others.
     weights: False fetches only the configuration and tokenizer files of a hub repository.
 
@@ -50,6 +53,9 @@ def resolve(
         )
     text = os.fspath(path_or_repo_id)
     path = Path(os.path.expanduser(text))
+    with contextlib.suppress(OSError, ValueError):
+        if text and not os.path.lexists(path):
+            settle_folder(path)  # a killed save may have left the folder beside its place
     # os.path rather than Path methods: those raise for a NUL or an overlong name.
     if text and os.path.isdir(path):
         if revision is not None:
@@ -59,7 +65,10 @@ def resolve(
             )
         return path
     if text and os.path.exists(path):
-        raise CheckpointError(f"{path} is a file, expected the folder that holds {CONFIG}")
+        kind = "a file"
+        with contextlib.suppress(OSError, ValueError), open_file(path) as file:
+            kind = foreign_kind(file.read(64)) or kind
+        raise CheckpointError(f"{path} is {kind}, expected the folder that holds {CONFIG}")
     if path_or_repo_id == EMBEDDED:
         return _embedded(revision)
     if isinstance(path_or_repo_id, os.PathLike) or not _REPO_ID.fullmatch(text):

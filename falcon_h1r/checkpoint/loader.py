@@ -10,34 +10,31 @@ reading. What makes reading fast is where the bytes go, see `_allocate`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import mmap
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..checks import as_dtype
+from ..checks import as_dtype, shown
+from ..tensor_file import StoredTensor, bytes_of
 from .errors import CheckpointError
+from .generation_config import end_token_ids, read_generation_config
 from .hub import CONFIG, GENERATION_CONFIG, resolve
 from .layout import (
     EMBEDDING,
     HEAD,
-    StoredTensor,
+    MERGE,
     common_dtype,
     listed,
-    read_json_object,
     read_layout,
-    shown,
 )
 
 if TYPE_CHECKING:
-    from ..config import FalconH1Config
     from ..model import FalconH1ForCausalLM
     from ..ops import Ops
 
@@ -78,7 +75,8 @@ def load(
     weights = read_all(entries, model.state_dict(), device, check, progress)
     model.load_state_dict(weights, strict=True, assign=True)
     model.to(device)  # moves nothing; a table that nobody chose becomes the device's
-    model.eos_token_ids = end_token_ids(model.config, read_generation_config(model.source))
+    place = model.source / GENERATION_CONFIG
+    model.eos_token_ids = end_token_ids(model.config, read_generation_config(model.source), place)
     return model
 
 
@@ -118,31 +116,6 @@ def prepare(
         entries = _without_tied_head(entries)
     _match(folder, entries, model.state_dict())
     return model, entries, device
-
-
-def read_generation_config(folder: str | Path) -> dict[str, Any]:
-    """Content of the folder's generation_config.json, {} where there is none.
-
-    Raises `CheckpointError` if the file is not a JSON object.
-    """
-    path = Path(folder) / GENERATION_CONFIG
-    return read_json_object(path) if os.path.lexists(path) else {}
-
-
-def end_token_ids(config: FalconH1Config, generation: dict[str, Any]) -> tuple[int, ...]:
-    """End tokens of config.json and generation_config.json together, the former first.
-
-    Released checkpoints name `<|im_end|>` in the second file only. Raises `CheckpointError` if its
-    eos_token_id is neither a token id nor a list of them.
-    """
-    stored = generation.get("eos_token_id")
-    stored = stored if isinstance(stored, list) else [] if stored is None else [stored]
-    if not all(type(token) is int and token >= 0 for token in stored):
-        raise CheckpointError(
-            f"{GENERATION_CONFIG}: eos_token_id is {shown(generation['eos_token_id'])}, expected a "
-            "token id or a list of them"
-        )
-    return tuple(dict.fromkeys((*config.eos_token_ids, *stored)))
 
 
 def _usable(device: str | torch.device) -> torch.device:
@@ -202,8 +175,11 @@ def _match(folder: Path, entries: list[StoredTensor], wanted: dict[str, Tensor])
         if items
     ]
     if problems:
+        lora = any("lora_" in name or name.startswith("base_model.") for name in found)
+        hint = f"; some are of a LoRA adapter: {MERGE}" if lora else ""
         raise CheckpointError(
-            f"{folder}: the tensors are not those that {CONFIG} describes: {'; '.join(problems)}"
+            f"{folder}: the tensors are not those that {CONFIG} describes: "
+            f"{'; '.join(problems)}{hint}"
         )
 
 
@@ -298,13 +274,6 @@ def _read_into(file: BinaryIO, out: Tensor, entry: StoredTensor) -> None:
                 f"{entry.file}: tensor {shown(entry.name)}: the file ended {len(view)} bytes early"
             )
         view = view[count:]
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable; it must not outlive the tensor."""
-    assert tensor.device.type == "cpu" and tensor.is_contiguous()
-    array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return memoryview(array).cast("B")
 
 
 def _refuse_non_finite(tensor: Tensor, entry: StoredTensor) -> None:

@@ -10,34 +10,20 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from ..checks import check_integer
 from ..files import whole_folder
+from ..tensor_file import Spec, bytes_of, write_safetensors
 from .errors import CheckpointError
+from .generation_config import read_generation_config
 from .hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, resolve
 from .layout import DTYPES, INDEX, SHARD_NAME, SINGLE, common_dtype, listed, read_json_object
-from .loader import bytes_of, read_generation_config
 
 if TYPE_CHECKING:
     from ..model import FalconH1ForCausalLM
-
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class Spec(NamedTuple):
-    """A tensor to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def save(
@@ -60,8 +46,9 @@ def save(
 
     `path` must not exist, be an empty folder, or hold a Falcon-H1 checkpoint and nothing else,
     which is then replaced as a whole. The new folder is complete and on disk before the old one is
-    touched; the swap is two renames, so a crash between them leaves the old checkpoint under
-    `.NAME.replaced-*` beside it. Until then both take disk space. A failure leaves nothing behind.
+    touched, so both take disk space until then. A failure leaves nothing behind. What a killed
+    process leaves beside `path` the next save removes. The swap is two renames: after a kill
+    between them, loading from `path` or saving to it puts the new folder there first.
 
     Raises `CheckpointError` when `path` holds anything else, cannot be written, or when a tensor
     cannot be stored.
@@ -70,7 +57,7 @@ def save(
     tensors = model.state_dict()
     specs = [Spec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     for name, tensor in tensors.items():
-        if tensor.device.type == "meta" or tensor.dtype not in _DTYPE_NAMES:
+        if tensor.device.type == "meta" or tensor.dtype not in DTYPES.values():
             raise CheckpointError(
                 f"cannot save tensor {name}: {tensor.dtype} on {tensor.device}, expected one of "
                 f"{', '.join(DTYPES)} with data"
@@ -133,26 +120,13 @@ def _plan(specs: list[Spec], max_shard_bytes: int) -> list[list[Spec]]:
 
 
 def _write_safetensors(path: Path, specs: list[Spec], tensor_of: Callable[[str], Tensor]) -> None:
-    # Widest dtypes first keeps every tensor aligned, which readers that map the file rely on.
-    specs = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    def write(file: BinaryIO, spec: Spec) -> None:
+        tensor = tensor_of(spec.name).detach().cpu().contiguous()
+        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), spec
+        file.write(bytes_of(tensor))
+
     # Readers of the Hugging Face family refuse a file without this entry.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for spec in specs:
-            tensor = tensor_of(spec.name).detach().cpu().contiguous()
-            assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), spec
-            file.write(bytes_of(tensor))
+    write_safetensors(path, specs, write, {"format": "pt"})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -210,7 +184,7 @@ def _refuse_foreign(target: Path) -> None:
         )
     if CONFIG not in names or not {INDEX, SINGLE} & set(names):
         raise CheckpointError(f"{target} is not replaced: it is neither empty nor a checkpoint")
-    if (kind := read_json_object(target / CONFIG).get("model_type")) != "falcon_h1":
+    if (kind := read_json_object(target / CONFIG, True).get("model_type")) != "falcon_h1":
         raise CheckpointError(
             f"{target} is not replaced: its {CONFIG} has model_type {kind!r}, expected 'falcon_h1'"
         )

@@ -24,9 +24,20 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_NEW_TOKENS = 1024
 # Prompt tokens per forward: bounds the memory of a long prompt, a shorter one is read in one piece.
 PREFILL_CHUNK = 4096
+# Sampling options that are fields of SamplingParams, under the same names.
+_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "max_new_tokens",
+    "seed",
+    "thinking_budget",
+)
 COMPILING = "compiling the decode step, which takes some seconds or a minute"
-# Options whose default a checkpoint's generation_config.json may set.
-_FROM_CHECKPOINT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def counting(text: str) -> int:
@@ -37,6 +48,8 @@ def counting(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:20]}... is beyond 64 bits")
     return value
 
 
@@ -167,37 +180,46 @@ class Request(NamedTuple):
 def prepare(args: argparse.Namespace, **options) -> Request:
     """Find the checkpoint and build the sampling parameters; no weights are read yet.
 
-    options: further `SamplingParams` fields. A sequence ends at any end token that config.json,
+    options: further `SamplingParams` fields, where neither the checkpoint nor the user says
+    otherwise. A sequence ends at any end token that config.json,
     generation_config.json or the tokenizer names: released checkpoints spread them over the three.
     """
     from ..checkpoint import end_token_ids, read_generation_config, resolve
+    from ..checkpoint.hub import GENERATION_CONFIG
     from ..config import FalconH1Config
     from ..generation import SamplingParams
     from ..text import load_tokenizer
 
     folder = resolve(locate(args.model, args.revision), args.revision, weights=False)
     config, stored = FalconH1Config.from_pretrained(folder), read_generation_config(folder)
-    tokenizer = load_tokenizer(folder)
-    for name in _FROM_CHECKPOINT:
-        value = getattr(args, name)
-        value = stored.get(name) if value is None else value
-        if value is not None:
-            options[name] = value
-    if stored.get("do_sample") is False and args.temperature is None:
-        options["temperature"] = 0.0
-    for name in ("presence_penalty", "frequency_penalty", "seed", "thinking_budget"):
-        if (value := getattr(args, name)) is not None:
-            options[name] = value
-    given = args.max_new_tokens is not None
-    longest = args.max_new_tokens if given else stored.get("max_new_tokens", MAX_NEW_TOKENS)
-    ends = {*end_token_ids(config, stored), tokenizer.eos_token_id}
+    tokenizer, place = load_tokenizer(folder), folder / GENERATION_CONFIG
+    given = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
+    ends = {*end_token_ids(config, stored, place), tokenizer.eos_token_id}
     params = SamplingParams(
-        max_new_tokens=longest,
+        **{
+            "max_new_tokens": MAX_NEW_TOKENS,
+            **options,
+            **_stored_defaults(stored, place, given),
+            **given,
+        },
         stop=tuple(args.stop or ()),
         stop_token_ids=tuple(sorted(ends - {None})),
-        **options,
     )
-    return Request(tokenizer, params, given)
+    return Request(tokenizer, params, "max_new_tokens" in given)
+
+
+def _stored_defaults(stored: dict, place: Path, given: dict) -> dict:
+    """The checkpoint's sampling for what was not given; errors name the file."""
+    from ..checkpoint import sampling_defaults
+    from ..generation import SamplingParams
+
+    found = sampling_defaults(stored, place)
+    found = {name: value for name, value in found.items() if name not in given}
+    try:
+        SamplingParams(**found)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    return found
 
 
 def locate(model: str, revision: str | None = None) -> str | Path:

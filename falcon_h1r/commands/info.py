@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from ..checks import shown
 from .common import DEFAULT_MODEL, DTYPES, add_model_argument, counting, model_argument
 from .grammar import nearest
 from .terminal import print_json
@@ -51,13 +52,16 @@ def run(args: argparse.Namespace) -> int:
         _require_folder(args.model, PRESETS)
     import torch
 
-    from ..config import FalconH1Config
+    from ..checkpoint import config_values
+    from ..config import FalconH1Config, ignored_keys
     from ..cost import render, sheet
 
+    ignored = []
     if preset:
         config = FalconH1Config.preset(args.model)
     else:
         config = FalconH1Config.from_pretrained(args.model, args.revision)
+        ignored = ignored_keys(config_values(args.model, args.revision)[1])
     options = {"contexts": args.context, "traces": args.traces}
     options = {name: tuple(value) for name, value in options.items() if value is not None}
     if args.bandwidth is not None:
@@ -66,9 +70,11 @@ def run(args: argparse.Namespace) -> int:
         options["bandwidth"] = args.bandwidth * 1e9
     values = sheet(config, getattr(torch, args.dtype), **options)
     if args.json:
-        print_json({"model": args.model, **values})
+        print_json({"model": args.model, **values, "ignored_keys": ignored})
     else:
         print(render(args.model, values))
+        if ignored:
+            print(f"\nKeys of config.json without effect here: {', '.join(map(shown, ignored))}")
     return 0
 
 

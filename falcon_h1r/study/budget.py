@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..cache_file import fingerprint
 from ..files import write_file
+from ..json_file import read_json_object
 from ..model import FalconH1ForCausalLM
 from ..ops import REFERENCE, Ops
 from ..precision import compute_dtype
@@ -226,14 +227,34 @@ def make_budget(
 def read_budget(path: str | Path) -> Budget:
     """Raises ValueError for a file that is no budget."""
     try:
-        document = json.loads(Path(path).read_text())
+        document = read_json_object(path, extended=True)
         if document["format"] != FORMAT:
             raise ValueError("format")
-        return Budget(
-            document["entries"], document["model"], document["fingerprint"], document["versions"]
-        )
+        texts = document["model"], document["fingerprint"]
+        if not (_is_budget(document["entries"]) and all(isinstance(text, str) for text in texts)):
+            raise ValueError("entries")
+        return Budget(document["entries"], *texts, document["versions"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a budget file ({error!r})") from error
+
+
+def _is_budget(entries) -> bool:
+    """Whether entries are {dtype: {path: {name: {"tolerance": number, table: five numbers}}}}."""
+    cells = [entries]
+    for _ in range(3):
+        if not all(isinstance(cell, dict) for cell in cells):
+            return False
+        cells = [inner for cell in cells for inner in cell.values()]
+    return all(isinstance(cell, dict) and "tolerance" in cell for cell in cells) and all(
+        isinstance(part, (int, float)) and not isinstance(part, bool)
+        for cell in cells
+        for name, parts in cell.items()
+        for part in ([parts] if name == "tolerance" else _five(parts))
+    )
+
+
+def _five(parts) -> list:
+    return parts if isinstance(parts, list) and len(parts) == len(ErrorParts._fields) else [None]
 
 
 def shipped_budget(model: FalconH1ForCausalLM) -> Budget | None:

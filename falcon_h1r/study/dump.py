@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import zipfile
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +28,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..files import whole_file
+from .. import tensor_file
+from ..checks import as_dtype, shown
+from ..files import open_file, whole_file
 from ..tap_table import inner_name
 from ..taps import full_names, record, tap_of
 
 INPUTS = ("input_ids", "attention_mask", "pieces")
 METADATA = ("dtype", "source")
+_FLOATS = tuple(tensor_file.FLOATS.values())
+_INTEGERS = tuple(kind for kind in tensor_file.INTEGERS.values() if kind != torch.bool)
+_ZIP = b"PK\x03\x04"
+# Values of a forward are packed into a third at best: what is more is there to fill the memory.
+_SMALL, _MOST_PACKED = 2**26, 50
 # Taps behind the point at which rows go back into the caller's layout.
 AFTER_LAYERS = ("final_layernorm.in", "final_layernorm", "lm_head", "logits")
 # Windows on tensors that are compared already, and what is all positions so far.
@@ -65,7 +72,8 @@ def read_dump(path: str | Path, config) -> Dump:
     """Read a dump of a model with this `config`.
 
     Raises ValueError for a file that is none, an unknown name (with the nearest known one), a shape
-    that the model's tensor does not have, and inputs that contradict each other.
+    or dtype that the model's tensor does not have, and inputs that contradict each other; OSError
+    for a file that cannot be opened.
     """
     tensors, metadata = _read(Path(path))
     if "input_ids" not in tensors:
@@ -73,8 +81,8 @@ def read_dump(path: str | Path, config) -> Dump:
     known = [*INPUTS, *full_names(config)]
     for name in tensors:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ValueError(f"{path}: unknown tensor {name!r}; did you mean {close[0]!r}?")
+            close = difflib.get_close_matches(name[:99], known, n=1, cutoff=0.0)
+            raise ValueError(f"{path}: unknown tensor {shown(name)}; did you mean {close[0]!r}?")
     given = {name: tensors.pop(name) for name in INPUTS if name in tensors}
     inputs = _inputs(path, config, **given)
     for name, tensor in tensors.items():
@@ -84,18 +92,13 @@ def read_dump(path: str | Path, config) -> Dump:
                 f"{path}: {name} has shape {tuple(tensor.shape)}, expected {expected} "
                 f"({tap_of(name).axes})"
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _FLOATS:
             raise ValueError(f"{path}: {name} is {tensor.dtype}, expected floating point")
     order = [name for name in known if name in tensors]
     dtype = metadata.get("dtype")
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"{path}: metadata dtype is {dtype!r}, expected a name such as 'bfloat16'")
-    return Dump(
-        inputs,
-        {name: tensors[name] for name in order},
-        None if dtype is None else getattr(torch, dtype),
-        metadata.get("source", ""),
-    )
+    if dtype is not None:
+        dtype = as_dtype(dtype, f"{path}: metadata dtype")
+    return Dump(inputs, {name: tensors[name] for name in order}, dtype, metadata.get("source", ""))
 
 
 def write_dump(path: str | Path, dump: Dump) -> None:
@@ -115,20 +118,17 @@ def write_dump(path: str | Path, dump: Dump) -> None:
         metadata["dtype"] = str(dump.dtype).removeprefix("torch.")
     if path.suffix not in (".safetensors", ".npz"):
         raise ValueError(f"{path}: a dump's name ends in .safetensors or .npz")
-    with whole_file(path) as new:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
+    if path.suffix == ".safetensors":
+        tensor_file.write_tensors(path, tensors, metadata)
+        return
+    import numpy as np
 
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, new, metadata)
-        else:
-            import numpy as np
-
-            arrays = {
-                name: (t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy()
-                for name, t in tensors.items()
-            }
-            with open(new, "wb") as file:
-                np.savez(file, **arrays, **{k: np.array(v) for k, v in metadata.items()})
+    arrays = {
+        name: (t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy()
+        for name, t in tensors.items()
+    }
+    with whole_file(path) as new, open(new, "wb") as file:
+        np.savez(file, **arrays, **{k: np.array(v) for k, v in metadata.items()})
 
 
 @torch.no_grad()
@@ -213,8 +213,14 @@ def _inputs(path, config, input_ids, attention_mask=None, pieces=None) -> Inputs
     def refuse(text: str):
         raise ValueError(f"{path}: {text}")
 
-    if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
-        refuse(f"input_ids is {tuple(input_ids.shape)} {input_ids.dtype}, expected (b, l) integers")
+    def found(tensor: Tensor) -> str:
+        return f"{tuple(tensor.shape)} {tensor.dtype}"
+
+    if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.dtype not in _INTEGERS:
+        refuse(f"input_ids is {found(input_ids)}, expected (b, l) integers")
+    if (length := input_ids.shape[1]) > (most := config.max_position_embeddings):
+        refuse(f"input_ids has {length} columns, the model at most {most} positions")
+    input_ids = input_ids.long()
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= config.vocab_size:
         refuse(f"input_ids goes from {low} to {high}, the vocabulary is {config.vocab_size}")
@@ -223,27 +229,35 @@ def _inputs(path, config, input_ids, attention_mask=None, pieces=None) -> Inputs
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             refuse(f"attention_mask has shape {tuple(attention_mask.shape)}, not input_ids'")
+        if attention_mask.dtype not in (*_INTEGERS, *_FLOATS, torch.bool):
+            refuse(f"attention_mask is {attention_mask.dtype}, expected 0 and 1")
         attention_mask = attention_mask != 0
+        if not bool(attention_mask.any(1).all()):
+            refuse("attention_mask has a row of padding alone")
     if pieces is not None:
-        pieces = tuple(pieces.flatten().tolist())
+        if pieces.dim() != 1 or pieces.dtype not in _INTEGERS:
+            refuse(f"pieces is {found(pieces)}, expected (k,) integers")
+        pieces = tuple(pieces.tolist())
         if sum(pieces) != input_ids.shape[1] or min(pieces, default=0) < 1:
-            refuse(f"pieces {pieces} do not sum to the {input_ids.shape[1]} columns of input_ids")
-    return Inputs(input_ids.long(), attention_mask, pieces)
+            refuse(
+                f"pieces {shown(pieces)} do not sum to the {input_ids.shape[1]} columns of "
+                "input_ids"
+            )
+    return Inputs(input_ids, attention_mask, pieces)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ValueError(f"{path}: no such file")
-    if zipfile.is_zipfile(path):
+    with open_file(path) as file:
+        zipped = file.read(len(_ZIP)) == _ZIP
+    if zipped:
         return _read_npz(path)
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: neither safetensors nor npz: {error}") from error
+        header = tensor_file.read_header(path)
+    except ValueError as error:
+        raise ValueError(f"{error} (neither safetensors nor npz)") from error
+    return tensor_file.read_tensors(header, path), header.metadata
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -251,13 +265,23 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     tensors, metadata = {}, {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with warnings.catch_warnings(), np.load(path, allow_pickle=False) as file:
+            warnings.simplefilter("ignore")  # Python's, about the text of a damaged header
+            packed = sum(member.compress_size for member in file.zip.infolist())
+            size = sum(member.file_size for member in file.zip.infolist())
+            if size > _SMALL and size > _MOST_PACKED * packed:
+                raise ValueError(f"{size} bytes are packed into {packed}")
             for name in file.files:
                 array = file[name]
-                if name in METADATA:
+                if name not in METADATA:
+                    tensors[name] = torch.from_numpy(array)
+                elif array.ndim == 0 and array.dtype.kind == "U":
                     metadata[name] = str(array)
                 else:
-                    tensors[name] = torch.from_numpy(array)
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable npz file: {error}") from error
+                    raise ValueError(f"{name} is {array.dtype} {array.shape}, expected a string")
+    # numpy and zipfile raise what they meet: zlib.error, BadZipFile, NotImplementedError (a way of
+    # packing), RuntimeError (a password), MemoryError (a header that claims too much), and others.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a readable npz file: {reason}") from error
     return tensors, metadata

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from ..files import foreign_kind, open_file
+from ..json_file import read_json
 from .template import ChatTemplateError, compile_template, render_template
 
 # The single special tokens a tokenizer_config.json names; templates see those that are set.
@@ -159,7 +160,9 @@ def load_tokenizer(path_or_repo_id: str | Path, revision: str | None = None) -> 
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the wheel raises bare Exception for every fault of the file
-        raise ValueError(f"{path}: {error}") from error
+        with open_file(path) as file:
+            kind = foreign_kind(file.read(64))
+        raise ValueError(f"{path} is {kind}" if kind else f"{path}: {error}") from error
     config = _read_json(folder / "tokenizer_config.json")
     special = {
         **_special_tokens(_read_json(folder / "special_tokens_map.json")),
@@ -175,10 +178,7 @@ def load_tokenizer(path_or_repo_id: str | Path, revision: str | None = None) -> 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    values = read_json(path, extended=True)  # model_max_length is often an integer near 1e30
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values

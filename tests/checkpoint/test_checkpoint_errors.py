@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import pickle
 
 import pytest
 import torch
@@ -171,6 +174,96 @@ SINGLE_FILE = {
         ["config.json", "directory"],
     ),
 }
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 15171297472\n"
+
+
+def torch_saved(folder):
+    torch.save({"a": torch.zeros(2)}, folder / FILE)
+
+
+def adapter(folder):
+    for name in ("config.json", FILE):
+        (folder / name).unlink()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "tiiuae/x"}')
+    (folder / "adapter_model.safetensors").touch()
+
+
+FOREIGN = {
+    "LFS pointer": (bytes_case(lambda b: LFS), [FILE, "git-lfs pointer", "git lfs pull"]),
+    "GGUF": (bytes_case(lambda b: b"GGUF\3\0\0\0" + b), [FILE, "GGUF", "llama.cpp"]),
+    "HTML": (bytes_case(lambda b: b"\n<!DOCTYPE html><html>404"), [FILE, "HTML", "download"]),
+    "torch.save": (torch_saved, [FILE, "torch.save", "nothing is ever unpickled"]),
+    "pickle": (bytes_case(lambda b: pickle.dumps({"a": 1})), [FILE, "a pickle"]),
+    "old pickle": (bytes_case(lambda b: pickle.dumps({"a": 1}, 2)), [FILE, "a pickle"]),
+    "gzip": (bytes_case(gzip.compress), [FILE, "a gzip archive"]),
+    "zeros": (bytes_case(lambda b: bytes(len(b))), [FILE, "zero bytes", "unfinished download"]),
+    "LFS config": (
+        lambda f: (f / "config.json").write_bytes(LFS),
+        ["config.json is a git-lfs pointer"],
+    ),
+    "HTML config": (
+        lambda f: (f / "config.json").write_text("<html>"),
+        ["config.json is an HTML"],
+    ),
+    "adapter": (adapter, ["config.json is missing", "LoRA adapter of 'tiiuae/x'", "merge"]),
+    "adapter with a config": (
+        lambda f: (f / FILE).rename(f / "adapter_model.safetensors"),
+        ["holds a LoRA adapter: merge", FILE],
+    ),
+    "adapter's tensors": (
+        tensors_case(lambda t: t.update({"layers.0.q_proj.lora_A.weight": torch.zeros(1)})),
+        ["1 unexpected", "LoRA adapter", "merge"],
+    ),
+    "GGUF folder": (
+        lambda f: (f / FILE).rename(f / "model-Q4_K_M.gguf"),
+        ["holds GGUF files (model-Q4_K_M.gguf), which llama.cpp reads", FILE],
+    ),
+    "config a pipe": (
+        lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
+        ["config.json is a pipe, expected a regular file"],
+    ),
+    "config without an end": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/dev/zero")),
+        ["config.json is a device, expected a regular file"],
+    ),
+    "long config": (
+        lambda f: os.truncate(f / "config.json", 2**40),
+        ["config.json", "more than 16777216 bytes"],
+    ),
+    "weights a pipe": (
+        lambda f: ((f / FILE).unlink(), os.mkfifo(f / FILE)),
+        [FILE, "is a pipe, expected a regular file"],
+    ),
+    "weights a broken link": (
+        lambda f: ((f / FILE).unlink(), (f / FILE).symlink_to(f / "gone")),
+        [f"{FILE} is missing"],
+    ),
+    "80,000 sizes": (edit(HEAD, shape=[2**62] * 80_000), [FILE, HEAD, "at most 16 sizes"]),
+    "17 sizes": (edit(HEAD, shape=[1] * 17), [FILE, HEAD, "at most 16 sizes"]),
+    "sizes beyond 64 bits, and 0": (
+        edit(HEAD, shape=[2**62, 2**62, 0], data_offsets=[0, 0]),
+        [FILE, HEAD, "beyond what a tensor can have"],
+    ),
+    "long name": (
+        header_case(lambda h: h.update({"x" * 10**6: h.pop(HEAD)})),
+        [FILE, "a name of 1000000 characters"],
+    ),
+    "lone surrogate": (
+        header_case(lambda h: json.dumps(h).replace(HEAD, r"lm\ud800").encode()),
+        [FILE, r"lone surrogate \ud800"],
+    ),
+}
+SINGLE_FILE |= FOREIGN
+
+
+@pytest.mark.parametrize("start", [LFS, b"GGUF", b"hello"])
+def test_a_file_in_place_of_a_folder(start, tmp_path):
+    (tmp_path / "m").write_bytes(start)
+    message = refusal(tmp_path / "m")
+    assert ("git-lfs" in message, "GGUF" in message) == (start == LFS, start == b"GGUF")
+    assert "expected the folder that holds config.json" in message
 
 
 @pytest.mark.parametrize("case", SINGLE_FILE)

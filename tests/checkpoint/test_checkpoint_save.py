@@ -314,3 +314,11 @@ def test_reader_and_writer_agree_with_an_independent_writer(model, tmp_path):
     """Re-saving what another program wrote gives the same tensors."""
     save(load(write_checkpoint(tmp_path / "theirs", model, shards=2)), tmp_path / "ours")
     assert_same_weights(model, load_file(tmp_path / "ours" / "model.safetensors"))
+
+
+def test_a_save_killed_between_its_renames_is_finished_by_the_next_load(model, tmp_path):
+    """The old checkpoint is aside, the new one is not yet in its place: nothing is at the path."""
+    save(make_model(model.config, seed=5), tmp_path / ".c.replaced-0123abcd")
+    save(model, tmp_path / ".c.writing-0123abcd")
+    assert_same_weights(load(tmp_path / "c"), model.state_dict())
+    assert names(tmp_path) == {"c"}

@@ -12,6 +12,7 @@ from falcon_h1r.ops import REFERENCE, TORCH
 from falcon_h1r.study import budget as module
 from falcon_h1r.study.budget import (
     FACTOR,
+    FORMAT,
     ErrorParts,
     make_budget,
     read_budget,
@@ -189,7 +190,30 @@ def test_tolerances_follow_from_the_parts(tmp_path, model):
     assert back.tolerance("float32", "prefill", "logits") is None
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": "x"}', json.dumps({"entries": {}})])
+def document(entries, **changes):
+    values = {"format": FORMAT, "model": "", "fingerprint": "", "versions": {}, "entries": entries}
+    return json.dumps(values | changes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"format": "x"}',
+        json.dumps({"entries": {}}),
+        "[" * 100_000,
+        document({}, model=1),
+        document([]),
+        document({"float32": 1}),
+        document({"float32": {"prefill": [1]}}),
+        document({"float32": {"prefill": {"logits": {}}}}),
+        document({"float32": {"prefill": {"logits": {"tolerance": "1"}}}}),
+        document({"float32": {"prefill": {"logits": {"tolerance": 1, "torch": [1, 2]}}}}),
+        document({"float32": {"prefill": {"logits": {"tolerance": 1, "torch": [None] * 5}}}}),
+    ],
+    ids=lambda content: content[:9],
+)
 def test_a_file_that_is_no_budget(tmp_path, content):
     (tmp_path / "b.json").write_text(content)
     with pytest.raises(ValueError, match="not a budget file"):

@@ -1,13 +1,18 @@
 """The dump format: what is written is read, and what does not fit is refused by name."""
 
+import contextlib
 import json
+import os
 import struct
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from models import make_config, make_model, random_ids
+from safetensors.torch import save_file
 
+from falcon_h1r.cli import main
 from falcon_h1r.ops import REFERENCE
 from falcon_h1r.study.dump import (
     Dump,
@@ -104,6 +109,19 @@ def small(model, **changes):
         ({"input_ids": torch.tensor([1, 2, 3])}, "input_ids is (3,) torch.int64"),
         ({"input_ids": torch.zeros(1, 3)}, "input_ids is (1, 3) torch.float32"),
         ({"attention_mask": torch.ones(1, 4)}, "attention_mask has shape (1, 4)"),
+        ({"input_ids": torch.ones(1, 10**5).long()}, "input_ids has 100000 columns, the model at"),
+        ({"input_ids": torch.tensor(3)}, "input_ids is () torch.int64"),
+        ({"input_ids": torch.ones(1, 3).bool()}, "input_ids is (1, 3) torch.bool"),
+        ({"input_ids": torch.ones(1, 3).cfloat()}, "input_ids is (1, 3) torch.complex64"),
+        ({"input_ids": torch.ones(1, 3).to(torch.uint64)}, "input_ids is (1, 3) torch.uint64"),
+        ({"logits": torch.tensor(1.0)}, "logits has shape (), expected (1, 3, 97)"),
+        ({"logits": torch.zeros(1, 3, 97).cdouble()}, "logits is torch.complex128"),
+        ({"attention_mask": torch.ones(1, 3).cfloat()}, "attention_mask is torch.complex64"),
+        ({"attention_mask": torch.zeros(1, 3)}, "attention_mask has a row of padding alone"),
+        ({"pieces": torch.tensor(3)}, "pieces is () torch.int64"),
+        ({"pieces": torch.tensor([3.0])}, "pieces is (1,) torch.float32"),
+        ({"pieces": torch.ones(3).bool()}, "pieces is (3,) torch.bool"),
+        ({"x" * 50_000: torch.zeros(1)}, "unknown tensor 'xxx"),
         ({"pieces": torch.tensor([1, 1])}, "pieces (1, 1) do not sum to the 3 columns"),
         ({"pieces": torch.tensor([3, 0])}, "pieces (3, 0)"),
         (
@@ -141,6 +159,80 @@ def test_files_that_are_no_dumps(tmp_path, model):
     np.savez(tmp_path / "odd.npz", dtype=np.array("float7"), input_ids=np.array([[1]]))
     with pytest.raises(ValueError, match="metadata dtype is 'float7'"):
         read_dump(tmp_path / "odd.npz", config)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+@pytest.mark.parametrize(
+    "dtype", ["int64", "bool", "float7", "complex64", "uint8", "float", "Tensor", "", "nn"]
+)
+def test_the_dtype_of_the_forward_is_a_floating_one(tmp_path, model, dtype, suffix):
+    path = tmp_path / f"d{suffix}"
+    if suffix == ".npz":
+        np.savez(path, dtype=np.array(dtype), input_ids=np.array([[1]]))
+    else:
+        save_file({"input_ids": torch.tensor([[1]])}, path, {"dtype": dtype})
+    with pytest.raises(ValueError, match=f"metadata dtype is '{dtype}', expected one of float32"):
+        read_dump(path, model.config)
+
+
+def test_damaged_npz_files_are_refused(tmp_path, model):
+    """Any bit changed, any cut, in packed and unpacked ones; and what numpy has no words for."""
+    arrays = {k: v.numpy() for k, v in small(model).items()}
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "d.npz", **arrays)
+        intact = (tmp_path / "d.npz").read_bytes()
+        for place in [*range(0, len(intact), max(1, len(intact) // 150)), len(intact) - 1]:
+            flipped = bytes([intact[place] ^ 0x55])
+            for damaged in (intact[:place], intact[:place] + flipped + intact[place + 1 :]):
+                (tmp_path / "d.npz").write_bytes(damaged)
+                with contextlib.suppress(ValueError):
+                    read_dump(tmp_path / "d.npz", model.config)
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000, 1000000), }"
+    claims_much = b"\x93NUMPY\1\0v\0" + header.ljust(117) + b"\n"
+    for member in (claims_much, b"hello"):
+        with zipfile.ZipFile(tmp_path / "d.npz", "w") as file:
+            file.writestr("input_ids.npy", member)
+        with pytest.raises(ValueError, match="not a readable npz file"):
+            read_dump(tmp_path / "d.npz", model.config)
+
+
+def test_a_broken_deflate_is_refused(tmp_path, model):
+    """zlib has an exception of its own."""
+    with zipfile.ZipFile(tmp_path / "d.npz", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("input_ids.npy", bytes(range(256)) * 40)
+        start = file.fp.tell()
+    content = (tmp_path / "d.npz").read_bytes()
+    begin = 30 + len("input_ids.npy")
+    damaged = content[:begin] + b"\xff" * (start - begin) + content[start:]
+    (tmp_path / "d.npz").write_bytes(damaged)
+    with pytest.raises(ValueError, match="not a readable npz file"):
+        read_dump(tmp_path / "d.npz", model.config)
+
+
+def test_zeros_packed_to_fill_the_memory_are_refused(tmp_path, model):
+    np.savez_compressed(tmp_path / "d.npz", input_ids=np.zeros((1, 2**23 + 1), dtype=np.int64))
+    with pytest.raises(ValueError, match="bytes are packed into"):
+        read_dump(tmp_path / "d.npz", model.config)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_places_that_cannot_be_written_or_read(tmp_path, model, suffix):
+    dump = Dump(Inputs(random_ids(model.config, 1, 3)), {})
+    with pytest.raises(FileNotFoundError, match="absent"):
+        write_dump(tmp_path / "absent" / f"d{suffix}", dump)
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    with pytest.raises(ValueError, match="is a pipe, expected a regular file"):
+        read_dump(tmp_path / f"pipe{suffix}", model.config)
+    with pytest.raises(ValueError, match="is a device, expected a regular file"):
+        read_dump("/dev/zero", model.config)
+
+
+def test_the_command_says_where_it_cannot_write(tmp_path, capsys):
+    out = str(tmp_path / "absent" / "x.safetensors")
+    options = ["--dtype", "float32", "--layers", "0", "--paths", "prefill"]
+    assert main(["parity", "--write-dump", out, *options]) == 2
+    printed = capsys.readouterr()
+    assert out in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 def test_a_name_without_a_known_suffix_leaves_nothing(tmp_path, model):

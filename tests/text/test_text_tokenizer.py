@@ -127,6 +127,20 @@ def test_encode_chat_adds_no_token_to_the_rendered_text(tmp_path):
     assert ids[: len(shorter)] == shorter and len(shorter) < len(ids)
 
 
+def test_a_pointer_in_place_of_the_file_is_called_so(tmp_path):
+    folder = write_tokenizer(tmp_path / "t", None)
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is a git-lfs pointer"):
+        load_tokenizer(folder)
+
+
+def test_a_length_beyond_64_bits_is_read(tmp_path):
+    """transformers writes it where a tokenizer has no limit."""
+    folder = write_tokenizer(tmp_path / "t", None)
+    (folder / "tokenizer_config.json").write_text(f'{{"model_max_length": {int(1e30)}}}')
+    load_tokenizer(folder)
+
+
 def test_missing_and_broken_files_are_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match="no-such-folder"):
         load_tokenizer(tmp_path / "no-such-folder")
