@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from ..checks import check_text
 from .template import ChatTemplateError, compile_template, render_template
 
 # The single special tokens a tokenizer_config.json names; templates see those that are set.
@@ -87,9 +88,11 @@ class Tokenizer:
 
         add_special_tokens: also add what tokenizer.json's post-processor puts around a text, such
         as a begin-of-text token. Leave it off for rendered chats, which hold all of theirs.
+        Raises `ValueError` for what is no string, or holds half of a surrogate pair.
         """
         if not isinstance(text, str):
             raise ValueError(f"encode: expected a string, found {type(text).__name__}")
+        check_text("encode: the text", text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:

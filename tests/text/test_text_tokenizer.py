@@ -152,6 +152,8 @@ def test_missing_and_broken_files_are_refused_by_name(tmp_path):
 def test_only_strings_are_encoded():
     with pytest.raises(ValueError, match="expected a string, found list"):
         TOKENIZER.encode(["a"])
+    with pytest.raises(ValueError, match=r"encode: the text is no UTF-8 text: .*U\+D800"):
+        TOKENIZER.encode("a\ud800")
 
 
 def test_a_plain_template_is_the_default_of_the_helpers(tmp_path):
