@@ -71,6 +71,25 @@ def check_number(
     refuse(name, value, f"{'None or ' if none else ''}{accepted}", error)
 
 
+def check_text(name: str, value, error: type[ValueError] = ValueError) -> None:
+    """Raise `error` unless value is a string that UTF-8 can write: no half of a surrogate pair.
+
+    Python stands such halves in for bytes that are no UTF-8 (U+DC80 to U+DCFF, in arguments and
+    in what is read with "surrogateescape"), and JSON can spell them.
+    """
+    if not isinstance(value, str):
+        refuse(name, value, "a string", error)
+    try:
+        value.encode()
+    except UnicodeEncodeError as fault:
+        start, code = fault.start, ord(value[fault.start])
+        found = f"the lone surrogate U+{code:04X} at character {start}"
+        if 0xDC80 <= code <= 0xDCFF:
+            offset = len(value[:start].encode())
+            found = f"byte 0x{code - 0xDC00:02x} at offset {offset} (U+{code:04X})"
+        raise error(f"{name} is no UTF-8 text: {found}") from fault
+
+
 def as_dtype(value, name: str = "dtype", error: type[ValueError] = ValueError) -> torch.dtype:
     """The torch dtype that `value` is, or names: one of DTYPES. Raises `error` for another."""
     import torch

@@ -6,6 +6,7 @@ left; `parity`, `doctor` and `bench` have 1 for what they find.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 REFUSED, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+# How torch (on a GPU, on Linux, on Windows), C++, oneDNN, threads and the linker say it, in the
+# first of many lines.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "could not create a primitive",
+    "can't start new thread",
+    "failed to map segment",
+)
 
 
 def build_parser():
@@ -43,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread():
             before = signal.signal(signal.SIGINT, _interrupt)
-        _prepare_output()
+        _prepare_streams()
         args = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
         status = args.run(args)
         sys.stdout.flush()
@@ -55,15 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is still buffered would raise again when the interpreter closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        named = error.strerror and error.filename is not None
+        return _refuse(f"{error.filename}: {error.strerror}" if named else str(error))
+    except ValueError as error:
         return _refuse(str(error))
-    except MemoryError as error:
-        return _refuse(f"out of memory {error}")
-    except RuntimeError as error:
-        # As torch says it of a GPU and of a CPU, in the first of many lines.
+    except (MemoryError, RuntimeError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), "")
-        if "out of memory" in reason or "can't allocate memory" in reason:
-            return _refuse(f"out of memory: {reason}")
+        if isinstance(error, MemoryError) or any(words in reason for words in OUT_OF_MEMORY):
+            return _refuse(f"out of memory: {reason or 'Python could not have more'}")
         raise
     finally:
         if before is not None:
@@ -77,14 +89,24 @@ def _refuse(message: str) -> int:
     return REFUSED
 
 
-def _prepare_output() -> None:
-    """Closed streams, and characters that stdout has no code for."""
+def _prepare_streams() -> None:
+    """The three streams of every command: closed ones, and what their encodings cannot say.
+
+    What is piped in is UTF-8, whatever the locale. Bytes that are none arrive as lone surrogates,
+    which the reader refuses with their place. Characters that stdout or stderr has no code for are
+    written as backslash escapes, so that nothing that was computed is lost.
+    """
     if sys.stderr is None:
         sys.stderr = io.StringIO()  # print would write to stdout
     if sys.stdout is None:
         raise ValueError("stdout is closed")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdin, "reconfigure"):
+        encoding = sys.stdin.encoding if sys.stdin.isatty() else "utf-8"
+        with contextlib.suppress(io.UnsupportedOperation):  # a caller has read from it
+            sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
 
 
 def _in_main_thread() -> bool:

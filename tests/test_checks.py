@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from falcon_h1r.checks import DTYPES, as_dtype, check_integer, check_number
+from falcon_h1r.checks import DTYPES, as_dtype, check_integer, check_number, check_text
 
 
 class OwnError(ValueError):
@@ -73,3 +73,19 @@ def test_dtypes_by_name_and_as_they_are():
 def test_dtypes_that_are_refused(value):
     with pytest.raises(OwnError, match=r"dtype is .*, expected one of float32, bfloat16, float16"):
         as_dtype(value, error=OwnError)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("\ud800", r"the lone surrogate U\+D800 at character 0"),
+        ("é😀\udc00", r"the lone surrogate U\+DC00 at character 2"),
+        ("é😀\udcff", r"byte 0xff at offset 6 \(U\+DCFF\)"),
+        (b"x", "expected a string"),
+        (None, "expected a string"),
+    ],
+)
+def test_what_utf_8_cannot_write_is_refused_with_its_place(text, found):
+    with pytest.raises(OwnError, match=f"^thing is .*{found}"):
+        check_text("thing", text, OwnError)
+    check_text("thing", "é😀\ufffd\x00")

@@ -180,6 +180,11 @@ def test_ctrl_c_while_weights_are_read_is_one_line(capsys, monkeypatch):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate.\nSee there"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: 9 bytes"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("can't start new thread"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         MemoryError(),
     ],
     ids=lambda error: type(error).__name__,

@@ -62,7 +62,7 @@ def test_every_command_refuses_a_missing_prompt_in_the_same_words(
         status, out, err = run(capsys, command, *argv)
         assert (status, out) == (2, "") and message in err and err.count("\n") == 1, argv
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
-    assert "stdin is no utf-8 text" in run(capsys, command)[2]
+    assert "stdin is no UTF-8 text: byte 0xff at offset 0" in run(capsys, command)[2]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\udcff"))  # of a stream that escapes bytes
     assert "stdin is no UTF-8 text" in run(capsys, command)[2]
     monkeypatch.setattr(sys, "stdin", None)

@@ -238,12 +238,14 @@ def test_mamba_chunk_size_reaches_the_scan_and_changes_nothing_else():
 
 
 @torch.no_grad()
-def test_max_position_embeddings_limits_nothing():
-    """Rotary angles need no table: the field describes training, and positions beyond it work."""
+def test_max_position_embeddings_limits_a_row_and_nothing_else():
+    """Rotary angles need no table: a config that admits more positions computes the same."""
     model = make_model(make_config(max_position_embeddings=4), dtype=torch.float64)
-    ids = random_ids(model.config, 1, 9)
-    assert torch.equal(model(ids), same_weights(model, max_position_embeddings=512)(ids))
-    assert model.new_cache(1, 9).max_length == 9
+    ids = random_ids(model.config, 1, 5)
+    more = same_weights(model, max_position_embeddings=512)
+    assert torch.equal(model(ids[:, :4]), more(ids[:, :4])) and more(ids).shape[1] == 5
+    with pytest.raises(ValueError, match="5 tokens, more than max_position_embeddings 4"):
+        model(ids)
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ import sys
 import time
 from dataclasses import replace
 
+from ..checks import check_text
 from . import common
-from .prompt import opens_thinking, require_text
+from .prompt import opens_thinking
 from .terminal import Display
 
 HELP = "/system TEXT sets the system message (nothing: none), /reset forgets all turns, /exit ends"
@@ -30,7 +31,7 @@ def add_to(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.system is not None:
-        require_text("--system", args.system)
+        check_text("--system", args.system)
     request = common.prepare(args)
     if not request.tokenizer.chat_templates:
         raise ValueError("chat: this checkpoint has no chat template")
@@ -63,14 +64,23 @@ def run(args: argparse.Namespace) -> int:
         if line == "/reset":
             chat.reset()
         elif line == "/system" or line.startswith("/system "):
-            chat.system = line.removeprefix("/system").strip() or None
-            chat.reset()
-            done = "removed" if chat.system is None else "set"
-            print(f"[system message {done}, conversation forgotten]", file=sys.stderr)
+            _set_system(chat, line.removeprefix("/system").strip() or None)
         elif line.startswith("/"):
             print(f"unknown command {line.split()[0]}; {HELP}", file=sys.stderr)
         elif line:
             _turn(chat, line)
+
+
+def _set_system(chat: Conversation, text: str | None) -> None:
+    try:
+        check_text("the system message", text or "")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return
+    chat.system = text
+    chat.reset()
+    done = "removed" if text is None else "set"
+    print(f"[system message {done}, conversation forgotten]", file=sys.stderr)
 
 
 def _turn(chat: Conversation, line: str) -> None:
@@ -148,7 +158,7 @@ class Conversation:
         """
         from ..generation import stream
 
-        require_text("the message", text)
+        check_text("the message", text)
         messages = [*self._messages, {"role": "user", "content": text}]
         rendered = self._tokenizer.apply_chat_template(messages)
         ids = self._tokenizer.encode(rendered, add_special_tokens=False)

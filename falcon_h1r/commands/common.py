@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..checks import check_text
 from ..table_names import CPU_ONLY, NAMES
 from .terminal import can_rewrite
 
@@ -190,6 +191,8 @@ def prepare(args: argparse.Namespace, **options) -> Request:
     from ..generation import SamplingParams
     from ..text import load_tokenizer
 
+    for text in args.stop or ():
+        check_text("--stop", text)
     folder = resolve(locate(args.model, args.revision), args.revision, weights=False)
     config, stored = FalconH1Config.from_pretrained(folder), read_generation_config(folder)
     tokenizer, place = load_tokenizer(folder), folder / GENERATION_CONFIG

@@ -8,8 +8,13 @@ import stat
 import sys
 from typing import TYPE_CHECKING
 
+from ..checks import check_text
+
 if TYPE_CHECKING:
     from ..text import Tokenizer
+
+
+MOST_BYTES = 2**26  # of a prompt that is read: a source without an end is refused
 
 
 def add_prompt_options(parser, name: str = "prompt", example: bool = False) -> None:
@@ -62,16 +67,8 @@ def read_prompt(args: argparse.Namespace, name: str = "prompt", example: str | N
         place = f"the {name}"
     if not text.strip():
         raise ValueError(f"{place} is empty" + (f": no {name}" if place == "stdin" else ""))
-    require_text(place, text)
+    check_text(place, text)
     return text
-
-
-def require_text(name: str, text: str) -> None:
-    """ValueError for what is no Unicode text: bytes of another encoding, half a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} is no UTF-8 text: {error.object[error.start]!r} in it") from error
 
 
 def _is_piped() -> bool:
@@ -87,23 +84,28 @@ def _is_piped() -> bool:
 def _read_stdin() -> str:
     if sys.stdin is None:
         raise ValueError("stdin is closed")
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"stdin is no {error.encoding} text: {error.reason}") from error
+    return _read_text("stdin", getattr(sys.stdin, "buffer", sys.stdin))
 
 
 def _read_file(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error.reason}") from error
+    with open(path, "rb") as file:
+        return _read_text(path, file)
+
+
+def _read_text(place: str, file) -> str:
+    """UTF-8 with any line ends, without the last; ValueError names the first byte that is none."""
+    content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{place} holds more than {MOST_BYTES} bytes, the most that is read")
+    # A stand-in for stdin may give text.
+    text = content.decode("utf-8", "surrogateescape") if isinstance(content, bytes) else content
+    check_text(place, text)
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 def check_system(args: argparse.Namespace) -> None:
     if args.system is not None:
-        require_text("--system", args.system)
+        check_text("--system", args.system)
         if args.raw:
             raise ValueError("--system: not with --raw, which has no chat template")
 

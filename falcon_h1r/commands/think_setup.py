@@ -9,8 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..checks import check_text
 from . import common
-from .prompt import check_system, has_prompt, read_prompt, render, require_text
+from .prompt import check_system, has_prompt, read_prompt, render
 
 if TYPE_CHECKING:
     from ..generation import SamplingParams
@@ -168,7 +169,7 @@ def _entry(line: str, place: str) -> tuple[str, str | None]:
     question = entry.get("question") if isinstance(entry, dict) else None
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f'{place}: expected {{"question": text, "reference": text or null}}')
-    require_text(f"{place}: the question", question)
+    check_text(f"{place}: the question", question)
     reference = entry.get("reference")
     if isinstance(reference, (int, float)) and not isinstance(reference, bool):
         reference = str(reference)

@@ -1,63 +1,46 @@
-"""Chat templates: the jinja environment they are written for, and the mend for the released one."""
+"""Chat templates: compiled and rendered within limits, and the mend for the released one."""
 
 from __future__ import annotations
 
-import json
 import re
-from datetime import datetime
+import reprlib
 from typing import Any
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..checks import check_text
+from .meter import METER, MOST_CHARACTERS, Meter, TooMuch
+from .sandbox import Sandbox
+
+MOST_SOURCE = 100_000  # characters of a template
+_MOST_REASON = 300  # characters of what an error says
 
 
 class ChatTemplateError(ValueError):
-    """A chat template that is missing, does not compile, or refuses the messages it is given."""
-
-
-class _GenerationBlock(Extension):
-    """Accepts `{% generation %} ... {% endgeneration %}`, trainers' marks of assistant text."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str):
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # jinja's own filter escapes <, >, & and ', which models were not trained on.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    """A chat template that is missing, does not compile, refuses the messages it is given, fails
+    with any error, or costs more than rendering may."""
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """Compile a chat template in the environment transformers gives it.
+    """Compile a chat template in the environment transformers gives it; see `Sandbox`.
 
-    Sandboxed, with trimmed blocks, loop controls, `{% generation %}`, `tojson` without HTML
-    escapes, `raise_exception` and `strftime_now`. Raises `ChatTemplateError` with the line of a
-    syntax error.
+    Raises `ChatTemplateError` for what is no string, has more than MOST_SOURCE characters or does
+    not compile, with the line of a syntax error.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    if not isinstance(source, str):
+        raise ChatTemplateError(f"chat template is {reprlib.repr(source)}, expected a string")
+    if len(source) > MOST_SOURCE:
+        raise ChatTemplateError(
+            f"chat template has {len(source)} characters, expected at most {MOST_SOURCE}"
+        )
     try:
-        return environment.from_string(source)
+        return Sandbox().compile_metered(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ChatTemplateError(f"chat template, line {error.lineno}: {error.message}") from error
+        raise ChatTemplateError(
+            f"chat template, line {error.lineno}: {_reason(error.message)}"
+        ) from error
+    except Exception as error:  # a program of others: anything may come out of it
+        raise _failed(error) from error
 
 
 def render_template(
@@ -71,29 +54,69 @@ def render_template(
     """Render messages; keys whose value is None are dropped, since templates test for a key's
     presence.
 
-    Raises `ChatTemplateError` for what is not a conversation and for everything the template
-    refuses.
+    Raises `ChatTemplateError` for what is not a conversation, for every error in the template, for
+    an output that is no Unicode text, and beyond the limits of `meter`: 5 seconds, 10,000,000
+    characters of output, and 512 MiB of values on the way.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ChatTemplateError("messages: expected a list with at least one message")
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ChatTemplateError(
-                f"messages[{number}]: expected a dict with a 'role', found {message!r:.80}"
+                f"messages[{number}]: expected a dict with a 'role', found {reprlib.repr(message)}"
             )
-    if tools is not None and not all(isinstance(tool, dict) for tool in tools):
-        raise ChatTemplateError("tools: expected a list of JSON schemas as dicts")
+        for key, value in message.items():
+            if isinstance(value, str):
+                check_text(f"messages[{number}][{key!r}]", value, ChatTemplateError)
+    for name, value in (("tools", tools), ("documents", variables.get("documents"))):
+        of_dicts = isinstance(value, (list, tuple)) and all(isinstance(v, dict) for v in value)
+        if value is not None and not of_dicts:
+            raise ChatTemplateError(
+                f"{name}: expected a list of JSON objects as dicts, found {reprlib.repr(value)}"
+            )
     plain = [{key: value for key, value in m.items() if value is not None} for m in messages]
+    names = {
+        "documents": None,
+        **variables,
+        "messages": plain,
+        "tools": tools,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    before = METER.set(Meter())
     try:
-        return template.render(
-            messages=plain,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **variables,
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ChatTemplateError(f"chat template: {error}") from error
+        text = _joined(template.generate(names))
+    except Exception as error:  # a program of others: anything may come out of it
+        raise _failed(error) from error
+    finally:
+        METER.reset(before)
+    check_text("chat template: its output", text, ChatTemplateError)
+    return text
+
+
+def _joined(pieces) -> str:
+    kept, size = [], 0
+    for piece in pieces:
+        kept.append(piece)
+        size += len(piece)
+        if size > MOST_CHARACTERS:
+            raise TooMuch(f"its output has more than {MOST_CHARACTERS} characters")
+    return "".join(kept)
+
+
+def _failed(error: Exception) -> ChatTemplateError:
+    try:
+        words = _reason(str(error))
+    except Exception:  # such as a key that is a long integer
+        words = ""
+    if not isinstance(error, (jinja2.TemplateError, TooMuch)):
+        words = f"{type(error).__name__}: {words}".removesuffix(": ")
+    return ChatTemplateError(f"chat template: {words}")
+
+
+def _reason(text: str) -> str:
+    """In one line of text that can be printed."""
+    line = " ".join(text[: 10 * _MOST_REASON].split())[:_MOST_REASON]
+    return line.encode("utf-8", "backslashreplace").decode()
 
 
 _LOOP = re.compile(r"for\s+message\s+in\s+remaining_messages\b")
@@ -116,6 +139,8 @@ def mend_chat_template(source: str) -> str:
 
     Raises `ChatTemplateError` if `source` does not have the fault.
     """
+    if not isinstance(source, str):
+        raise ChatTemplateError(f"chat template is {reprlib.repr(source)}, expected a string")
     if source.count(_COMPARISON) != 1 or not _LOOP.search(source):
         raise ChatTemplateError(
             "mend_chat_template: this template does not have the fault of the Falcon-H1R template"

@@ -8,14 +8,11 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from ..checks import check_text
 from ..files import foreign_kind, open_file
 from ..json_file import read_json
+from .added_tokens import ADDED, CONFIG, SPECIAL_MAP, add_tokens
 from .template import ChatTemplateError, compile_template, render_template
-
-# The single special tokens a tokenizer_config.json names; templates see those that are set.
-SPECIAL_NAMES = tuple(
-    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)
 
 
 class Tokenizer:
@@ -24,7 +21,7 @@ class Tokenizer:
     backend: the tokenizer; its own truncation and padding are switched off.
     chat_templates: jinja sources by name; "default" is used, and "tool_use" where there is one and
         tools are given.
-    special_tokens: name such as "eos_token" -> text; each must be in the vocabulary.
+    special_tokens: name such as "eos_token" -> text; each must be in the vocabulary or "".
 
     Raises `ValueError` for a special token that is not in the vocabulary.
     """
@@ -43,7 +40,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         for name, text in self.special_tokens.items():
-            if backend.token_to_id(text) is None:
+            if text and backend.token_to_id(text) is None:
                 raise ValueError(f"tokenizer: {name} {text!r} is not in the vocabulary")
 
     def __repr__(self) -> str:
@@ -88,9 +85,11 @@ class Tokenizer:
 
         add_special_tokens: also add what tokenizer.json's post-processor puts around a text, such
         as a begin-of-text token. Leave it off for rendered chats, which hold all of theirs.
+        Raises `ValueError` for what is no string, or holds half of a surrogate pair.
         """
         if not isinstance(text, str):
             raise ValueError(f"encode: expected a string, found {type(text).__name__}")
+        check_text("encode: the text", text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -142,11 +141,12 @@ class Tokenizer:
 def load_tokenizer(path_or_repo_id: str | Path, revision: str | None = None) -> Tokenizer:
     """Read the tokenizer of a local checkpoint folder, a hub repository or "h1r-pico".
 
-    Files: tokenizer.json (required); tokenizer_config.json for special tokens and `chat_template`
-    (a string, or a list of named templates); special_tokens_map.json where the config names no
-    special tokens; chat_template.jinja, and additional_chat_templates/*.jinja beside it, which win
-    over the config's templates. `add_bos_token` and `add_eos_token` of the config have no effect
-    beside a tokenizer.json, as in transformers: its post-processor says what is added.
+    Files: tokenizer.json (required). tokenizer_config.json, special_tokens_map.json and
+    added_tokens.json name further tokens, which are added as transformers adds them; see
+    `added_tokens`. Templates stand under `chat_template` in tokenizer_config.json (a string, or a
+    list of named templates), or in chat_template.jinja and additional_chat_templates/*.jinja, which
+    win. `add_bos_token` and `add_eos_token` have no effect beside a tokenizer.json, as in
+    transformers: its post-processor says what is added.
 
     Raises `CheckpointError` when the folder or repository cannot be had, `ValueError` when a file
     is missing or unreadable.
@@ -163,11 +163,14 @@ def load_tokenizer(path_or_repo_id: str | Path, revision: str | None = None) -> 
         with open_file(path) as file:
             kind = foreign_kind(file.read(64))
         raise ValueError(f"{path} is {kind}" if kind else f"{path}: {error}") from error
-    config = _read_json(folder / "tokenizer_config.json")
-    special = {
-        **_special_tokens(_read_json(folder / "special_tokens_map.json")),
-        **_special_tokens(config),
-    }
+    config, special_map, added = (
+        _read_json(folder / name) for name in (CONFIG, SPECIAL_MAP, ADDED)
+    )
+    try:
+        special = add_tokens(backend, config, special_map, added)
+        backend.encode_special_tokens = _flag(config, "split_special_tokens")
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     return Tokenizer(
         backend,
         chat_templates=_chat_templates(folder, config.get("chat_template")),
@@ -184,15 +187,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _special_tokens(values: dict[str, Any]) -> dict[str, str]:
-    """Special tokens are written as a string or as an object with the string under "content"."""
-    found = {}
-    for name in SPECIAL_NAMES:
-        value = values.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            found[name] = text
-    return found
+def _flag(config: dict[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{CONFIG}: {key} is {value!r:.80}, expected true or false")
+    return bool(value)
 
 
 def _chat_templates(folder: Path, in_config: Any) -> dict[str, str]:

@@ -141,7 +141,7 @@ def test_what_is_no_conversation_is_refused(messages, message):
 
 
 def test_tools_are_schemas_not_functions():
-    with pytest.raises(ChatTemplateError, match="tools: expected a list of JSON schemas"):
+    with pytest.raises(ChatTemplateError, match="tools: expected a list of JSON objects as dicts"):
         render(PLAIN_TEMPLATE, [USER], tools=[print])
 
 

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,14 +34,9 @@ def test_special_ids_come_from_the_config(tmp_path):
     assert (bare.bos_token_id, bare.eos_token_id, bare.pad_token_id) == (None, None, None)
 
 
-def test_special_tokens_may_be_objects_or_stand_in_their_own_file(tmp_path):
+def test_special_tokens_may_be_objects(tmp_path):
     write_tokenizer(tmp_path, eos_token={"content": SPECIAL[4], "lstrip": False})
-    (tmp_path / "special_tokens_map.json").write_text(
-        json.dumps({"eos_token": SPECIAL[2], "unk_token": SPECIAL[0]})
-    )
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.eos_token_id == 4
-    assert tokenizer.special_tokens["unk_token"] == SPECIAL[0]
+    assert load_tokenizer(tmp_path).eos_token_id == 4
 
 
 BOS, EOS = (SPECIAL[1], 1), (SPECIAL[3], 3)
@@ -155,7 +148,6 @@ def test_missing_and_broken_files_are_refused_by_name(tmp_path):
         ("{", "not valid JSON"),
         ("[]", "expected a JSON object, found list"),
         ('{"chat_template": [1]}', "neither a string nor a list"),
-        ('{"eos_token": "<none>"}', "eos_token '<none>' is not in the vocabulary"),
     ):
         folder = write_tokenizer(tmp_path / "config", None)
         (folder / "tokenizer_config.json").write_text(content)
@@ -163,9 +155,16 @@ def test_missing_and_broken_files_are_refused_by_name(tmp_path):
             load_tokenizer(folder)
 
 
+def test_special_tokens_given_from_python_are_in_the_vocabulary():
+    with pytest.raises(ValueError, match="eos_token '<none>' is not in the vocabulary"):
+        Tokenizer(build_backend(), special_tokens={"eos_token": "<none>"})
+
+
 def test_only_strings_are_encoded():
     with pytest.raises(ValueError, match="expected a string, found list"):
         TOKENIZER.encode(["a"])
+    with pytest.raises(ValueError, match=r"encode: the text is no UTF-8 text: .*U\+D800"):
+        TOKENIZER.encode("a\ud800")
 
 
 def test_a_plain_template_is_the_default_of_the_helpers(tmp_path):
