@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from falcon_h1r.checks import DTYPES, as_dtype, check_integer, check_number
+from falcon_h1r.checks import DTYPES, as_dtype, check_integer, check_number, shown
 
 
 class OwnError(ValueError):
@@ -73,3 +73,18 @@ def test_dtypes_by_name_and_as_they_are():
 def test_dtypes_that_are_refused(value):
     with pytest.raises(OwnError, match=r"dtype is .*, expected one of float32, bfloat16, float16"):
         as_dtype(value, error=OwnError)
+
+
+def test_integers_beyond_a_float_are_refused_as_numbers():
+    for value in (10**400, -(10**400), 10**5000):
+        with pytest.raises(OwnError, match="share is .*, expected a finite number"):
+            check_number("share", value, error=OwnError)
+
+
+def test_any_value_is_shown_in_one_short_line():
+    endless = []
+    for _ in range(10_000):
+        endless = [endless]
+    for value in (10**5000, endless, "x\n" * 999, torch.zeros(9, 9), object()):
+        assert "\n" not in shown(value) and len(shown(value)) <= 120
+    assert shown("a") == "'a'" and shown(10**5000) == "int: too much to be shown"
