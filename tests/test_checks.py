@@ -77,7 +77,7 @@ def test_dtypes_that_are_refused(value):
 
 def test_integers_beyond_a_float_are_refused_as_numbers():
     for value in (10**400, -(10**400), 10**5000):
-        with pytest.raises(OwnError, match="share is .*, expected a finite number"):
+        with pytest.raises(OwnError, match=r"share is .*, expected a finite number"):
             check_number("share", value, error=OwnError)
 
 
