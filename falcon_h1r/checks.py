@@ -151,7 +151,7 @@ def shown(value) -> str:
     try:
         text = repr(value)
     except Exception:  # an integer of more than 4,300 digits, a list within itself, ...
-        return f"a {type(value).__name__} that cannot be shown"
+        return f"{type(value).__name__}: too much to be shown"
     if "\n" in text:
         text = " ".join(text.split())
     return text if len(text) <= 120 else text[:117] + "..."

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from falcon_h1r.checks import DTYPES, as_dtype, check_integer, check_number, check_text
+from falcon_h1r.checks import DTYPES, as_dtype, check_integer, check_number, check_text, shown
 
 
 class OwnError(ValueError):
@@ -89,3 +89,18 @@ def test_what_utf_8_cannot_write_is_refused_with_its_place(text, found):
     with pytest.raises(OwnError, match=f"^thing is .*{found}"):
         check_text("thing", text, OwnError)
     check_text("thing", "é😀\ufffd\x00")
+
+
+def test_integers_beyond_a_float_are_refused_as_numbers():
+    for value in (10**400, -(10**400), 10**5000):
+        with pytest.raises(OwnError, match=r"share is .*, expected a finite number"):
+            check_number("share", value, error=OwnError)
+
+
+def test_any_value_is_shown_in_one_short_line():
+    endless = []
+    for _ in range(10_000):
+        endless = [endless]
+    for value in (10**5000, endless, "x\n" * 999, torch.zeros(9, 9), object()):
+        assert "\n" not in shown(value) and len(shown(value)) <= 120
+    assert shown("a") == "'a'" and shown(10**5000) == "int: too much to be shown"

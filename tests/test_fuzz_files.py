@@ -31,7 +31,7 @@ from falcon_h1r.study.budget import read_budget
 from falcon_h1r.study.dump import read_dump
 from falcon_h1r.tensor_file import DTYPES, read_header, read_tensors
 
-QUICK, SLOW = 120, 10_000
+QUICK, SLOW = 60, 2_000
 KINDS = {}
 
 

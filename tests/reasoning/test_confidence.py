@@ -156,18 +156,18 @@ def test_rows_that_come_in_any_mixture_are_each_their_own(traces, window, rng):
         assert bool(running.full(everything)[i]) == (len(values) >= window)
 
 
-def test_a_running_sum_does_not_drift_over_100_thousand_tokens():
-    steps, window = 100_000, 2048
+def test_a_running_sum_does_not_drift_over_20_thousand_tokens():
+    steps, window = 20_000, 2048
     # Strong and weak confidences in turn: where a float32 running sum loses most.
     generator = torch.Generator().manual_seed(1)
     values = torch.rand(steps, 2, generator=generator) * 0.9 + 0.07
     values[::3] *= 30
-    values[40_000:40_100] = 900.0
+    values[8_000:8_100] = 900.0
     running = RunningConfidence(2, window)
     rows = torch.arange(2)
     made = torch.stack([running.update(rows, values[i]) for i in range(steps)])
     sums = np.cumsum(values.double().numpy(), axis=0)
-    for at in (window, 40_050, 43_000, 70_000, steps):
+    for at in (window, 8_050, 11_000, 14_000, steps):
         scratch = values[at - window : at].double().numpy()
         truth = [math.fsum(column) / window for column in scratch.T]
         assert made[at - 1].tolist() == truth  # in bits
