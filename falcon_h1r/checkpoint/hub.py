@@ -24,6 +24,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja, beside the tokenizer's files
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -39,9 +40,9 @@ def resolve(
     revision: branch, tag or commit of a hub repository; refused for all others.
     weights: False fetches only the configuration and tokenizer files of a hub repository.
 
-    From the hub only JSON, Jinja, tokenizer and `model*.safetensors` files of the repository's top
-    level are fetched, never pickled weights. `HF_HUB_OFFLINE` and the cache's place are
-    huggingface_hub's own settings.
+    From the hub only JSON, tokenizer and `model*.safetensors` files of the repository's top level
+    and its chat templates are fetched, never pickled weights. `HF_HUB_OFFLINE` and the cache's
+    place are huggingface_hub's own settings.
 
     Raises `CheckpointError` when there is no such folder, repository or revision, when the hub
     cannot be reached and the files are not in its cache, or when huggingface_hub is not installed.
@@ -96,13 +97,17 @@ def _download(repo_id: str, revision: str | None, weights: bool) -> Path:
             f"no such folder: {repo_id!r}; to fetch it from the hub, install huggingface_hub"
         ) from error
 
-    patterns = ["*.json", "*.jinja", *(name for name in TOKENIZER_FILES if "json" not in name)]
+    patterns = ["*.json", *(name for name in TOKENIZER_FILES if "json" not in name)]
+    patterns.append(f"{CHAT_TEMPLATES}/*.jinja")
     if weights:
         patterns.append("model*.safetensors")
     place = f"{repo_id!r} (no local folder of that name; revision {revision or 'main'!r})"
     try:
         folder = snapshot_download(
-            repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            repo_id,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*.json", "*/*.safetensors", "*/*/*"],  # a star takes slashes too
         )
     except errors.GatedRepoError as error:
         raise CheckpointError(f"{place}: access to this hub repository is restricted") from error

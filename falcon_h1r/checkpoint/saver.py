@@ -19,7 +19,7 @@ from ..files import whole_folder
 from ..tensor_file import Spec, bytes_of, write_safetensors
 from .errors import CheckpointError
 from .generation_config import read_generation_config
-from .hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, resolve
+from .hub import CHAT_TEMPLATES, CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, resolve
 from .layout import DTYPES, INDEX, SHARD_NAME, SINGLE, common_dtype, listed, read_json_object
 
 if TYPE_CHECKING:
@@ -147,14 +147,17 @@ def _origins(model: FalconH1ForCausalLM, tokenizer_from: str | Path | None) -> l
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    return [folder / name for name in TOKENIZER_FILES if os.path.isfile(folder / name)]
+    named = sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
+    return [path for path in [*(folder / n for n in TOKENIZER_FILES), *named] if path.is_file()]
 
 
 def _copy_tokenizer(folder: Path, origins: list[Path]) -> None:
     for origin in origins:
         if files := _tokenizer_files(origin):
             for file in files:
-                (folder / file.name).write_bytes(file.read_bytes())
+                copy = folder / file.relative_to(origin)
+                copy.parent.mkdir(exist_ok=True)
+                copy.write_bytes(file.read_bytes())
             return
 
 
@@ -177,6 +180,8 @@ def _refuse_foreign(target: Path) -> None:
     if not names:
         return
     ours = {CONFIG, GENERATION_CONFIG, INDEX, SINGLE, *TOKENIZER_FILES}
+    if all(path.suffix == ".jinja" for path in (target / CHAT_TEMPLATES).glob("*")):
+        ours.add(CHAT_TEMPLATES)
     foreign = [name for name in names if name not in ours and not SHARD_NAME.fullmatch(name)]
     if foreign:
         raise CheckpointError(

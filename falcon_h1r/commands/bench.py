@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import bench_setup
 from .bench_setup import FAMILY
-from .common import DEFAULT_MODEL, DTYPES, counting
+from .common import DEFAULT_MODEL, DTYPES, check_target, counting
 
 PICTURES = (".png", ".svg", ".pdf")
 WRONG = 1
@@ -122,7 +122,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE.png",
-        help="the roofline's picture; default: beside --out's file, where matplotlib is installed",
+        help="the roofline's picture, which replaces one that is there; default: beside --out's "
+        "file, where matplotlib is installed",
     )
     add("--json", action="store_true", help="one JSON document on stdout in place of the table")
 
@@ -136,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
     device = machine.find_device(args.device, "--device")
     work = {"ops": _ops, "layer": _layer, "generate": _generate}[args.bench](args, device)
     _check_picture(args.plot)
+    if args.out is not None and args.out.is_dir():
+        raise ValueError(f"--out: {args.out} is a folder, expected a file")
     budget = bench_setup.find_budget(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -254,6 +257,7 @@ def _check_picture(path: Path | None) -> None:
         raise ValueError(f"--plot is {str(path)!r}, expected a name that ends in {known}")
     if not path.parent.is_dir():
         raise ValueError(f"--plot: the folder {path.parent} does not exist")
+    check_target("--plot", path, force=True)
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -134,6 +134,21 @@ def add_model_argument(parser, metavar: str, kinds: str) -> None:
     add_revision(parser)
 
 
+def add_force(parser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+
+
+def check_target(option: str, path: str | Path, force: bool) -> None:
+    """Refuse a file that cannot be written, or is there and is not to be replaced, before work."""
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise ValueError(f"{option}: {target} is a folder, expected a file")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"{option}: {target.parent} is no folder")
+    if os.path.lexists(target) and not force:
+        raise ValueError(f"{option}: {target} exists; --force replaces it")
+
+
 def model_argument(args: argparse.Namespace) -> str:
     return args.model or args.model_option or DEFAULT_MODEL
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .common import add_checkpoint_options, describe, operator_table
+from .common import add_checkpoint_options, add_force, check_target, describe, operator_table
 from .prompt import add_prompt_options
 from .terminal import print_json, progress
 from .walk import encode, stream
@@ -28,6 +28,7 @@ def add_to(commands) -> None:
     parser.add_argument(
         "--out", metavar="FILE.html", help=f"the page; default: {OUT}, or none with --json"
     )
+    add_force(parser)
     parser.add_argument("--json", action="store_true", help="every number, on stdout")
     parser.add_argument(
         "-n",
@@ -50,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_new_tokens < 0:
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, expected 0 or more")
-    out = args.out or (None if args.json else OUT)
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"--out: {Path(out).parent} is no folder")
+    out = OUT if args.out is None and not args.json else args.out
+    if out is not None:
+        check_target("--out", out, args.force)
     tokenizer, prompt, rendered, ids = encode(args)
     if len(ids) + args.max_new_tokens > MOST_TOKENS:
         raise ValueError(

@@ -52,6 +52,7 @@ def add_to(commands) -> None:
     parser.add_argument(
         "--write-calibration", metavar="FILE", help="of the confidence, from the self-test"
     )
+    common.add_force(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run)
 
@@ -95,6 +96,8 @@ def _list(args) -> int:
 def _self_test(args) -> int:
     from ..study.doctor_check import as_json, self_test, summary, write_calibration
 
+    if args.write_calibration is not None:
+        common.check_target("--write-calibration", args.write_calibration, args.force)
     cases = self_test(pairs=args.pairs, progress=progress)
     progress("")
     if args.write_calibration is not None:

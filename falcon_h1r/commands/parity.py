@@ -65,6 +65,7 @@ def add_to(commands) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help="the whole report: .md, .json, .html, .png, .svg or .pdf"
     )
+    common.add_force(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run)
 
@@ -75,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is not None:
         check_suffix(args.out)
+    for option in ("out", "write_dump", "write_budget"):
+        if (path := getattr(args, option)) is not None:
+            common.check_target(f"--{option.replace('_', '-')}", path, args.force)
     tables = _tables(args)
     _quiet_transformers()
     model = _model(args)

@@ -12,7 +12,20 @@ from ..checks import check_text
 from ..files import foreign_kind, open_file
 from ..json_file import read_json
 from .added_tokens import ADDED, CONFIG, SPECIAL_MAP, add_tokens
-from .template import ChatTemplateError, compile_template, render_template
+from .template import MOST_SOURCE, ChatTemplateError, compile_template, render_template
+
+# Options of transformers' `apply_chat_template`, which are no variables of a template.
+NOT_TAKEN = (
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "padding",
+    "truncation",
+    "max_length",
+    "chat_template",
+    "continue_final_message",
+    "tokenizer_kwargs",
+)
 
 
 class Tokenizer:
@@ -34,6 +47,10 @@ class Tokenizer:
         special_tokens: dict[str, str] | None = None,
     ):
         self.backend = backend
+        if not isinstance(chat_templates, dict | None):
+            raise ValueError(
+                f"chat_templates is {chat_templates!r:.80}, expected a dict of sources by name"
+            )
         self.chat_templates = dict(chat_templates or {})
         self.special_tokens = dict(special_tokens or {})
         self._compiled: dict[str, Any] = {}
@@ -114,10 +131,21 @@ class Tokenizer:
         messages: dicts with "role" and "content", and "reasoning_content" or "tool_calls" where the
             template knows them.
         add_generation_prompt: end with the header of the assistant's turn.
-        variables: further names the template reads; they win over the special tokens' names.
+        tools: JSON schemas; given, they choose the template "tool_use" where there is one.
+        variables: further names the template reads, such as `documents`, a list of dicts; they win
+            over the special tokens' names. The result is always text: transformers' options of
+            `apply_chat_template` that would change that are refused.
 
-        Raises `ChatTemplateError` when there is no template or it refuses the messages.
+        Raises `ChatTemplateError` when there is no template, it fails, or its cost is beyond the
+        limits that `render_template` states: 5 seconds, 10,000,000 characters, 512 MiB of values.
         """
+        if variables.pop("tokenize", False):
+            raise ChatTemplateError(
+                "tokenize is true, but apply_chat_template gives text; encode_chat gives token ids"
+            )
+        for option in NOT_TAKEN:
+            if variables.pop(option, None):
+                raise ChatTemplateError(f"apply_chat_template takes no {option}")
         name = "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
             have = ", ".join(sorted(self.chat_templates)) or "none"
@@ -195,22 +223,36 @@ def _flag(config: dict[str, Any], key: str) -> bool:
 
 
 def _chat_templates(folder: Path, in_config: Any) -> dict[str, str]:
+    from ..checkpoint.hub import CHAT_TEMPLATES
+
     files = {"default": folder / "chat_template.jinja"}
-    extra = folder / "additional_chat_templates"
-    files |= {path.stem: path for path in sorted(extra.glob("*.jinja"))}
-    read = {
-        name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()
-    }
+    files |= {path.stem: path for path in sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))}
+    read = {name: _read_template(path) for name, path in files.items() if path.exists()}
     if read:
         return read
-    if in_config is None:
-        return {}
-    if isinstance(in_config, str):
-        return {"default": in_config}
+    if isinstance(in_config, list) and all(isinstance(entry, dict) for entry in in_config):
+        in_config = {entry.get("name"): entry.get("template") for entry in in_config}
+    named = {"default": in_config} if isinstance(in_config, str) else in_config or {}
+    if not isinstance(named, dict) or not all(
+        isinstance(text, str) for entry in named.items() for text in entry
+    ):
+        raise ChatTemplateError(
+            f"{folder / CONFIG}: chat_template is neither a string nor a list of named templates"
+        )
+    return named
+
+
+def _read_template(path: Path) -> str:
+    if not path.is_file():
+        raise ChatTemplateError(f"{path} is not a regular file, expected one or none")
+    if (size := path.stat().st_size) > 4 * MOST_SOURCE:
+        raise ChatTemplateError(
+            f"{path} has {size} bytes, expected at most {MOST_SOURCE} characters"
+        )
     try:
-        return {entry["name"]: entry["template"] for entry in in_config}
-    except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"{folder}/tokenizer_config.json: chat_template is neither a string nor a list of "
-            "named templates"
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ChatTemplateError(
+            f"{path} is no UTF-8 text: byte 0x{error.object[error.start]:02x} at offset "
+            f"{error.start}"
         ) from error

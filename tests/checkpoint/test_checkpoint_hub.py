@@ -142,6 +142,10 @@ REPOSITORY_FILES = {
     "tokenizer.model": True,
     "merges.txt": True,
     "chat_template.jinja": True,
+    "additional_chat_templates/tool_use.jinja": True,
+    "additional_chat_templates/notes.txt": False,
+    "additional_chat_templates/old/tool_use.jinja": False,
+    "other/tool_use.jinja": False,
     "model.safetensors.index.json": True,
     "model-00001-of-00002.safetensors": None,  # with the weights only
     "model.safetensors": None,

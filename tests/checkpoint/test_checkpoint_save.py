@@ -100,6 +100,21 @@ def test_tokenizer_and_generation_config_follow_the_model(single, tmp_path):
     assert "README.md" not in names(tmp_path / "c")
 
 
+def test_named_templates_follow_the_model_and_are_replaced_with_it(single, tmp_path):
+    named = Path("additional_chat_templates", "tool_use.jinja")
+    (single / named.parent).mkdir()
+    (single / named).write_text("{{ tools }}")
+    (single / named.parent / "notes.txt").write_text("no template")
+    save(load(single), tmp_path / "c")
+    assert (tmp_path / "c" / named).read_text() == "{{ tools }}"
+    assert names(tmp_path / "c" / named.parent) == {"tool_use.jinja"}
+    save(load(tmp_path / "c"), tmp_path / "c")
+    assert (tmp_path / "c" / named).read_text() == "{{ tools }}"
+    (tmp_path / "c" / named.parent / "mine.txt").write_text("not ours")
+    with pytest.raises(CheckpointError, match="additional_chat_templates, no part of a checkpoint"):
+        save(load(single), tmp_path / "c")
+
+
 def test_tokenizer_from_another_folder_comes_first(single, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

@@ -68,6 +68,7 @@ def port_of(model, *names, dtype=torch.float32):
 # --- two at once ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # half a minute: the doctor tries every fault, or every two
 def test_a_pair_is_found(model):
     port = port_of(model, "D skip missing", "rope interleaved")
     found = diagnose(port, model, faults=FEW)

@@ -16,6 +16,7 @@ def model():
     return random_model(ADVERSARIAL)
 
 
+@pytest.mark.slow  # half a minute: the doctor tries every fault, or every two
 def test_each_single_fault_is_found_from_logits_alone(model):
     """In float32 on the adversarial configuration all but none are identifiable; where two cannot
     be told apart they are named together."""

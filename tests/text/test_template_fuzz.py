@@ -116,7 +116,8 @@ UNEQUAL = ("<generator", "Namespace", " at 0x", "iterator", "Undefined", "<class
 @pytest.mark.parametrize("cases", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_random_templates_render_as_in_transformers_or_are_refused(monkeypatch, capsys, cases):
     monkeypatch.setattr(limits, "MOST_SECONDS", 0.3)
-    backend, rendered, limited, hangs, unequal = build_backend(), 0, 0, 0, []
+    backend, rendered, limited, alone, hangs = build_backend(), 0, 0, 0, 0
+    unequal = []
     for seed in range(cases):
         source = Writer(seed).template()
         tokenizer = Tokenizer(backend, chat_templates={"default": source})
@@ -130,14 +131,18 @@ def test_random_templates_render_as_in_transformers_or_are_refused(monkeypatch, 
         finally:
             hangs += time.process_time() - start > 10
         rendered += 1
-        ((expected,), _) = render_jinja_template([MESSAGES], chat_template=source)
+        try:
+            ((expected,), _) = render_jinja_template([MESSAGES], chat_template=source)
+        except Exception:  # it computes constants that are never reached
+            alone += 1
+            continue
         if expected != text and not any(mark in expected for mark in UNEQUAL):
             unequal.append(seed)
     with capsys.disabled():
         failed = cases - rendered - limited
         print(
             f"\n{cases} templates: {rendered} rendered, {failed} failed, {limited} beyond a limit, "
-            f"{hangs} took over 10 s, {len(unequal)} unlike transformers'"
+            f"{hangs} took over 10 s, {len(unequal)} unlike transformers', {alone} fail there"
         )
-    assert not hangs and not unequal
+    assert not hangs and not unequal and alone <= cases // 100
     assert rendered > cases // 10 and limited > cases // 100

@@ -96,6 +96,46 @@ def test_templates_are_found_where_released_checkpoints_have_them(tmp_path):
     assert load_tokenizer(write_tokenizer(tmp_path / "none", None)).chat_templates == {}
 
 
+@pytest.mark.parametrize("where", ["config, list", "config, object", "files"])
+def test_named_templates_are_chosen_as_in_transformers(tmp_path, where):
+    named = {"default": "D{{ tools }}", "tool_use": "T{{ tools }}", "rag": "R"}
+    listed = [{"name": name, "template": text} for name, text in named.items()]
+    config = {"config, list": {"chat_template": listed}, "config, object": {"chat_template": named}}
+    write_tokenizer(tmp_path, None, **config.get(where, {}))
+    if where == "files":
+        (tmp_path / "chat_template.jinja").write_text(named["default"])
+        (tmp_path / "additional_chat_templates").mkdir()
+        for name in ("tool_use", "rag"):
+            (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(named[name])
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    hello = [{"role": "user", "content": "hello"}]
+    for tools in (None, [], [{"name": "f"}]):
+        expected = theirs.apply_chat_template(hello, tools=tools, tokenize=False)
+        assert ours.apply_chat_template(hello, tools=tools, add_generation_prompt=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("chat_template.jinja", b"a\xff", "no UTF-8 text: byte 0xff at offset 1"),
+        ("chat_template.jinja", b"a" * 400_001, "has 400001 bytes, expected at most 100000"),
+        ("chat_template.jinja", None, "is not a regular file"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', "neither a string nor a list"),
+        ("tokenizer_config.json", b'{"chat_template": {"default": 5}}', "neither a string"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "a"}]}', "neither a string"),
+        ("tokenizer_config.json", b"[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_template_that_cannot_be_read_is_refused_by_file(tmp_path, name, content, message):
+    write_tokenizer(tmp_path, None)
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path / name}.*{message}"):
+        load_tokenizer(tmp_path)
+
+
 def test_without_a_template_the_error_says_so(tmp_path):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, None))
     with pytest.raises(ChatTemplateError, match=r"no chat template named 'default'.*has: none"):
@@ -103,6 +143,41 @@ def test_without_a_template_the_error_says_so(tmp_path):
     only_tools = Tokenizer(build_backend(), chat_templates={"tool_use": "T"})
     with pytest.raises(ChatTemplateError, match="has: tool_use"):
         only_tools.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokenize": True}, "encode_chat gives token ids"),
+        ({"tokenize": True, "return_tensors": "pt"}, "encode_chat gives token ids"),
+        ({"return_tensors": "pt"}, "takes no return_tensors"),
+        ({"return_dict": True}, "takes no return_dict"),
+        ({"padding": "longest"}, "takes no padding"),
+        ({"max_length": 5}, "takes no max_length"),
+        ({"continue_final_message": True}, "takes no continue_final_message"),
+        ({"chat_template": "tool_use"}, "takes no chat_template"),
+        ({"documents": "x"}, "documents: expected a list"),
+        ({"documents": [1]}, "documents: expected a list"),
+    ],
+)
+def test_options_that_text_cannot_follow_are_refused(tmp_path, options, message):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    hello = [{"role": "user", "content": "hello"}]
+    for render in (tokenizer.apply_chat_template, tokenizer.encode_chat):
+        with pytest.raises(ChatTemplateError, match=message):
+            render(hello, **options)
+    assert tokenizer.apply_chat_template(hello, tokenize=False, return_tensors=None)
+
+
+def test_documents_reach_the_template(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, "{{ documents[0].title }}"))
+    hello = [{"role": "user", "content": "hello"}]
+    assert tokenizer.apply_chat_template(hello, documents=[{"title": "A"}]) == "A"
+
+
+def test_templates_are_given_by_name():
+    with pytest.raises(ValueError, match="chat_templates is 'x', expected a dict"):
+        Tokenizer(build_backend(), chat_templates="x")
 
 
 def test_encode_chat_adds_no_token_to_the_rendered_text(tmp_path):
