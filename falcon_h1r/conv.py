@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import compute_dtype
+from .precision import autocasts, compute_dtype, without_autocast
 
 
 def causal_conv1d_reference(
@@ -45,18 +45,14 @@ def causal_conv1d_reference(
 
 
 def causal_conv1d(
-    x_blc: Tensor,
-    weight_cw: Tensor,
-    bias_c: Tensor | None = None,
-    *,
-    initial_window_bvc: Tensor | None = None,
-    lengths_b: Tensor | None = None,
-    seq_idx_bl: Tensor | None = None,
+    x_blc, weight_cw, bias_c=None, *, initial_window_bvc=None, lengths_b=None, seq_idx_bl=None
 ) -> tuple[Tensor, Tensor]:
     """`causal_conv1d_reference` through torch's depthwise convolution; same arguments.
 
     As an image of height 1, (b, l, c) is a channels-last image and need not be transposed.
     """
+    if autocasts(x_blc):
+        return without_autocast(causal_conv1d, **locals())
     if seq_idx_bl is not None:
         options = {"initial_window_bvc": initial_window_bvc, "lengths_b": lengths_b}
         return causal_conv1d_reference(x_blc, weight_cw, bias_c, **options, seq_idx_bl=seq_idx_bl)

@@ -55,7 +55,7 @@ class Mamba2Mixer(nn.Module):
         c, ops, work = self.config, self.ops, compute_dtype(u_bld)
 
         # 1. One projection, cut into five segments, each with its own multiplier.
-        projected = self.in_proj(scaled(u_bld, c.ssm_in_multiplier))
+        projected = self.in_proj(scaled(u_bld, c.ssm_in_multiplier)).to(u_bld.dtype)
         z, xBC, dt = projected.split([c.d_ssm, c.conv_dim, c.mamba_n_heads], dim=-1)
         z, dt = scaled(z, c.ssm_multipliers[0]), scaled(dt, c.ssm_multipliers[4])
         if c.ssm_multipliers[1:4] != (1.0, 1.0, 1.0):

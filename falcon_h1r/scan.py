@@ -16,25 +16,19 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .precision import compute_dtype
+from .precision import autocasts, compute_dtype, without_autocast
 from .ssd import check_shapes
 
 LONGEST_CHUNK = 64  # longer chunks take more exponentials, shorter ones smaller products
 
 
 def ssd_scan(
-    x_blhp: Tensor,
-    dt_blh: Tensor,
-    A_h: Tensor,
-    B_blgn: Tensor,
-    C_blgn: Tensor,
-    D_h: Tensor | None = None,
-    *,
-    chunk_size: int = 128,
-    initial_state_bhpn: Tensor | None = None,
-    seq_idx_bl: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h=None,
+    *, chunk_size=128, initial_state_bhpn=None, seq_idx_bl=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ssd.ssd_chunked` in chunks of at most LONGEST_CHUNK; extra memory is one chunk's."""
+    if autocasts(x_blhp):
+        return without_autocast(ssd_scan, **locals())
     inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
     b, l, h, p, g, n = check_shapes(*inputs)
     assert chunk_size > 0, chunk_size

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Span
-from ..precision import compute_dtype
+from ..precision import autocasts, compute_dtype
 from ..scan import LONGEST_CHUNK
 from .launches import Replay, inductor
 
@@ -96,6 +96,7 @@ class CompiledStep:
             raise ValueError(
                 f"tokens_b: {tuple(tokens_b.shape)}, expected ({cache.batch_size},), one a row"
             )
+        refuse_autocast("CompiledStep", cache.keys)
         span = self._plan() if span is None else span
         # torch.compile makes graphs of their own for a length of 1, and for a slice of the keys
         # that is all of them. Steps with these lengths run uncompiled.
@@ -189,6 +190,7 @@ class _PrefillBlock(nn.Module):
         self._compiled, self._shortest = compiled, shortest
 
     def forward(self, x_bld: Tensor, span: Span, layer=None) -> Tensor:
+        refuse_autocast("CompiledPrefill", x_bld)
         l = x_bld.shape[1]
         past = span.total - l
         level = layer is not None and span.padding_bl is None
@@ -209,6 +211,14 @@ class _PrefillBlock(nn.Module):
         apart = torch.fx.experimental._config.patch(use_duck_shape=False)
         with torch._dynamo.config.patch(recompile_limit=VARIANTS), apart:
             return self._compiled(self.twin, x_bld, span._replace(total=0), layer, before)
+
+
+def refuse_autocast(form: str, tensor: Tensor) -> None:
+    """Raise ValueError under torch.autocast, for which no graph is made."""
+    if autocasts(tensor):
+        raise ValueError(
+            f"{form}: torch.autocast is on; leave it, or give the model the narrow dtype itself"
+        )
 
 
 def require_compiler() -> None:
