@@ -8,7 +8,7 @@ tap reaches into another document; a window belongs to the first (initial) or la
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .precision import autocasts, compute_dtype, without_autocast
 
@@ -108,3 +108,20 @@ def final_window(history_blc, w: int, lengths_b, seq_idx_history):
         last_b1 = seq_idx_history.gather(1, lengths_b[:, None] + w - 2)
         window = window * (seq_idx_history.gather(1, index_bv) == last_b1)[..., None]
     return window
+
+
+class CausalConv1d(nn.Conv1d):
+    """`mamba.conv1d` of the checkpoint; the operators of a table with its weights."""
+
+    def __init__(self, config, ops):
+        c, bias = config.conv_dim, config.mamba_conv_bias
+        super().__init__(c, c, config.mamba_d_conv, groups=c, bias=bias)
+        self.ops = ops
+
+    def forward(self, x: Tensor, window_bvc: Tensor | None, step: bool = False, **options):
+        """A step: (b, c) -> (b, c). Else (b, l, c) -> (b, l, c) and the final window."""
+        weight_cw = self.weight[:, 0]
+        if step:
+            return self.ops.causal_conv1d_step(x, window_bvc, weight_cw, self.bias)
+        options["initial_window_bvc"] = window_bvc
+        return self.ops.causal_conv1d(x, weight_cw, self.bias, **options)

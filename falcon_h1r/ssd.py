@@ -127,15 +127,7 @@ def ssd_chunked(
     return torch.cat(outputs, dim=1), state_bhpn
 
 
-def ssd_step(
-    state_bhpn: Tensor,
-    x_bhp: Tensor,
-    dt_bh: Tensor,
-    A_h: Tensor,
-    B_bgn: Tensor,
-    C_bgn: Tensor,
-    D_h: Tensor | None = None,
-) -> Tensor:
+def ssd_step(state_bhpn, x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h: Tensor | None = None) -> Tensor:
     """One token of the recurrence: state_bhpn (b, h, p, n) is updated in place, y_bhp is returned.
 
     x_bhp (b, h, p); dt_bh (b, h); B_bgn, C_bgn (b, g, n). y is computed from the state before it is
