@@ -37,7 +37,8 @@ def causal_conv1d_reference(
     for tap in range(w):
         sample = history_blc[:, tap : tap + l].to(work)
         if seq_idx_bl is not None:
-            sample = sample * (seq_idx_history[:, tap : tap + l] == seq_idx_bl)[..., None]
+            own_bl = seq_idx_history[:, tap : tap + l] == seq_idx_bl
+            sample = sample.where(own_bl[..., None], 0)  # 0 * NaN would be NaN
         y = y + sample * weight_cw[:, tap].to(work)
     if bias_c is not None:
         y = y + bias_c.to(work)
@@ -106,7 +107,7 @@ def final_window(history_blc, w: int, lengths_b, seq_idx_history):
     window = history_blc.gather(1, index_bv[..., None].expand(-1, -1, c))
     if seq_idx_history is not None:
         last_b1 = seq_idx_history.gather(1, lengths_b[:, None] + w - 2)
-        window = window * (seq_idx_history.gather(1, index_bv) == last_b1)[..., None]
+        window = window.where((seq_idx_history.gather(1, index_bv) == last_b1)[..., None], 0)
     return window
 
 

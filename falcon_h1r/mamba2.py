@@ -61,7 +61,8 @@ class Mamba2Mixer(nn.Module):
         dt = F.softplus(dt.to(work) + self.dt_bias.to(work)).clamp(*c.time_step_limit)
         if span.lengths_b is not None:
             dt = dt.masked_fill(span.padding_bl[..., None], 0)
-        A = -torch.exp(self.A_log.to(work))
+        # Past exp(60) any decay is 0 already; an infinite A would make NaN of it where dt is 0.
+        A = -torch.exp(self.A_log.to(work).clamp(max=60))
 
         # 3. Convolution and scan: one step of both from the cache, or a whole stretch.
         if not isinstance(self.conv1d, CausalConv1d):

@@ -52,7 +52,7 @@ def ssd_recurrent(
     for t in range(x.shape[1]):
         if seq_idx_bl is not None and t > 0:
             same_document_b = seq_idx_bl[:, t] == seq_idx_bl[:, t - 1]
-            state_bhpn = state_bhpn * same_document_b[:, None, None, None]
+            state_bhpn = state_bhpn.where(same_document_b[:, None, None, None], 0)  # 0 * NaN is NaN
         token = x[:, t], dt[:, t], A, B_blhn[:, t], C_blhn[:, t]
         y_bhp, state_bhpn = _one_token(state_bhpn, *token)
         outputs.append(y_bhp)
