@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .precision import compute_dtype
+from .precision import autocasts, compute_dtype, without_autocast
 
 
 def attention_reference(
@@ -26,6 +26,8 @@ def attention_reference(
     query_offset + i. None means 0 and s = l. seq_idx_bl: (b, l), with s = l only: a query sees
     keys of its own document. Returns (b, h, l, e) in q's dtype.
     """
+    if autocasts(q_bhle):
+        return without_autocast(attention_reference, **locals())
     b, h, l, e = q_bhle.shape
     j, s = k_bjse.shape[1:3]
     assert k_bjse.shape == v_bjse.shape == (b, j, s, e) and h % j == 0, (k_bjse.shape, q_bhle.shape)
@@ -37,15 +39,10 @@ def attention_reference(
     return (probabilities @ v).to(q_bhle.dtype)
 
 
-def attention(
-    q_bhle: Tensor,
-    k_bjse: Tensor,
-    v_bjse: Tensor,
-    *,
-    query_offset_b: Tensor | None = None,
-    seq_idx_bl: Tensor | None = None,
-) -> Tensor:
+def attention(q_bhle, k_bjse, v_bjse, *, query_offset_b=None, seq_idx_bl=None) -> Tensor:
     """`attention_reference` through torch's fused attention; same arguments."""
+    if autocasts(q_bhle):
+        return without_autocast(attention, **locals())
     l, s = q_bhle.shape[2], k_bjse.shape[2]
     if query_offset_b is None and seq_idx_bl is None:
         assert l == s, (l, s)
@@ -68,10 +65,10 @@ def decode_attention_reference(
     return attention_reference(q_bhle, k_bjse, v_bjse, query_offset_b=lengths_b - 1)[:, :, 0]
 
 
-def decode_attention(
-    q_bhe: Tensor, k_bjse: Tensor, v_bjse: Tensor, lengths_b: Tensor | None = None
-) -> Tensor:
+def decode_attention(q_bhe, k_bjse, v_bjse, lengths_b=None) -> Tensor:
     """`decode_attention_reference`, with the query heads of a key head as rows of one product."""
+    if autocasts(q_bhe):
+        return without_autocast(decode_attention, **locals())
     b, h, e = q_bhe.shape
     j, s = k_bjse.shape[1:3]
     mask = None
@@ -117,10 +114,12 @@ class FalconH1Attention(nn.Module):
         q = self.ops.rope(q, span.cos_bli, span.sin_bli)
         k = self.ops.rope(k, span.cos_bli, span.sin_bli, multiplier=self.key_multiplier)
         if layer is not None:
-            layer.write_keys(k, v, span)
+            kept = layer.keys_bjse.dtype
+            layer.write_keys(k.to(kept), v.to(kept), span)
             if span.is_step or span.past_b is not None:
                 k = layer.keys_bjse[:, :, : span.total]
                 v = layer.values_bjse[:, :, : span.total]
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, what the cache holds is wider
         if span.is_step:
             o = self.ops.decode_attention(q[:, :, 0], k, v, span.key_lengths_b)
             return self.o_proj(o.reshape(b, 1, -1))

@@ -29,7 +29,8 @@ class HybridBlock(nn.Module):
         ssm_in_multiplier acts inside the mixer, after the norm; attention_in_multiplier here.
         """
         normed = self.input_layernorm(x_bld)
-        mamba = scaled(self.mamba(normed, span, layer), self.ssm_out_multiplier)
+        mamba = scaled(self.mamba(normed, span, layer).to(x_bld.dtype), self.ssm_out_multiplier)
         attention = self.self_attn(scaled(normed, self.attention_in_multiplier), span, layer)
-        x_bld = x_bld + (mamba + scaled(attention, self.attention_out_multiplier))
+        attention = scaled(attention.to(x_bld.dtype), self.attention_out_multiplier)
+        x_bld = x_bld + (mamba + attention)
         return x_bld + self.feed_forward(self.pre_ff_layernorm(x_bld))

@@ -8,9 +8,9 @@ tap reaches into another document; a window belongs to the first (initial) or la
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .precision import compute_dtype
+from .precision import autocasts, compute_dtype, without_autocast
 
 
 def causal_conv1d_reference(
@@ -37,7 +37,8 @@ def causal_conv1d_reference(
     for tap in range(w):
         sample = history_blc[:, tap : tap + l].to(work)
         if seq_idx_bl is not None:
-            sample = sample * (seq_idx_history[:, tap : tap + l] == seq_idx_bl)[..., None]
+            own_bl = seq_idx_history[:, tap : tap + l] == seq_idx_bl
+            sample = sample.where(own_bl[..., None], 0)  # 0 * NaN would be NaN
         y = y + sample * weight_cw[:, tap].to(work)
     if bias_c is not None:
         y = y + bias_c.to(work)
@@ -45,18 +46,14 @@ def causal_conv1d_reference(
 
 
 def causal_conv1d(
-    x_blc: Tensor,
-    weight_cw: Tensor,
-    bias_c: Tensor | None = None,
-    *,
-    initial_window_bvc: Tensor | None = None,
-    lengths_b: Tensor | None = None,
-    seq_idx_bl: Tensor | None = None,
+    x_blc, weight_cw, bias_c=None, *, initial_window_bvc=None, lengths_b=None, seq_idx_bl=None
 ) -> tuple[Tensor, Tensor]:
     """`causal_conv1d_reference` through torch's depthwise convolution; same arguments.
 
     As an image of height 1, (b, l, c) is a channels-last image and need not be transposed.
     """
+    if autocasts(x_blc):
+        return without_autocast(causal_conv1d, **locals())
     if seq_idx_bl is not None:
         options = {"initial_window_bvc": initial_window_bvc, "lengths_b": lengths_b}
         return causal_conv1d_reference(x_blc, weight_cw, bias_c, **options, seq_idx_bl=seq_idx_bl)
@@ -110,5 +107,22 @@ def final_window(history_blc, w: int, lengths_b, seq_idx_history):
     window = history_blc.gather(1, index_bv[..., None].expand(-1, -1, c))
     if seq_idx_history is not None:
         last_b1 = seq_idx_history.gather(1, lengths_b[:, None] + w - 2)
-        window = window * (seq_idx_history.gather(1, index_bv) == last_b1)[..., None]
+        window = window.where((seq_idx_history.gather(1, index_bv) == last_b1)[..., None], 0)
     return window
+
+
+class CausalConv1d(nn.Conv1d):
+    """`mamba.conv1d` of the checkpoint; the operators of a table with its weights."""
+
+    def __init__(self, config, ops):
+        c, bias = config.conv_dim, config.mamba_conv_bias
+        super().__init__(c, c, config.mamba_d_conv, groups=c, bias=bias)
+        self.ops = ops
+
+    def forward(self, x: Tensor, window_bvc: Tensor | None, step: bool = False, **options):
+        """A step: (b, c) -> (b, c). Else (b, l, c) -> (b, l, c) and the final window."""
+        weight_cw = self.weight[:, 0]
+        if step:
+            return self.ops.causal_conv1d_step(x, window_bvc, weight_cw, self.bias)
+        options["initial_window_bvc"] = window_bvc
+        return self.ops.causal_conv1d(x, weight_cw, self.bias, **options)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv import CausalConv1d
 from .norm import GatedRMSNorm
 from .precision import compute_dtype, scaled
 
@@ -24,13 +25,7 @@ class Mamba2Mixer(nn.Module):
         self.groups = config.mamba_n_groups, config.mamba_d_state
         self.widths = [config.d_ssm, math.prod(self.groups), math.prod(self.groups)]  # of x, B, C
         self.in_proj = nn.Linear(d, config.d_in_proj, bias=config.mamba_proj_bias)
-        self.conv1d = nn.Conv1d(
-            config.conv_dim,
-            config.conv_dim,
-            config.mamba_d_conv,
-            groups=config.conv_dim,
-            bias=config.mamba_conv_bias,
-        )
+        self.conv1d = CausalConv1d(config, ops)
         self.A_log = nn.Parameter(torch.zeros(h))
         self.D = nn.Parameter(torch.ones(h))
         self.dt_bias = nn.Parameter(torch.zeros(h))
@@ -55,7 +50,7 @@ class Mamba2Mixer(nn.Module):
         c, ops, work = self.config, self.ops, compute_dtype(u_bld)
 
         # 1. One projection, cut into five segments, each with its own multiplier.
-        projected = self.in_proj(scaled(u_bld, c.ssm_in_multiplier))
+        projected = self.in_proj(scaled(u_bld, c.ssm_in_multiplier)).to(u_bld.dtype)
         z, xBC, dt = projected.split([c.d_ssm, c.conv_dim, c.mamba_n_heads], dim=-1)
         z, dt = scaled(z, c.ssm_multipliers[0]), scaled(dt, c.ssm_multipliers[4])
         if c.ssm_multipliers[1:4] != (1.0, 1.0, 1.0):
@@ -66,18 +61,20 @@ class Mamba2Mixer(nn.Module):
         dt = F.softplus(dt.to(work) + self.dt_bias.to(work)).clamp(*c.time_step_limit)
         if span.lengths_b is not None:
             dt = dt.masked_fill(span.padding_bl[..., None], 0)
-        A = -torch.exp(self.A_log.to(work))
+        # Past exp(60) any decay is 0 already; an infinite A would make NaN of it where dt is 0.
+        A = -torch.exp(self.A_log.to(work).clamp(max=60))
 
         # 3. Convolution and scan: one step of both from the cache, or a whole stretch.
-        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        if not isinstance(self.conv1d, CausalConv1d):
+            raise ValueError(f"mamba.conv1d: {type(self.conv1d).__name__}, expected CausalConv1d")
         if span.is_step:
-            xBC = ops.causal_conv1d_step(xBC[:, 0], layer.window_bvc, weight, bias)
+            xBC = self.conv1d(xBC[:, 0], layer.window_bvc, step=True)
             x, B, C = self._heads(xBC)
             y = ops.ssd_step(layer.state_bhpn, x, dt[:, 0], A, B, C, self.D).flatten(-2)[:, None]
         else:
             window, state = (None, None) if layer is None else (layer.window_bvc, layer.state_bhpn)
             options = {"lengths_b": span.lengths_b, "seq_idx_bl": span.seq_idx_bl}
-            xBC, window = ops.causal_conv1d(xBC, weight, bias, initial_window_bvc=window, **options)
+            xBC, window = self.conv1d(xBC, window, **options)
             x, B, C = self._heads(xBC)
             options = {"chunk_size": c.mamba_chunk_size, "seq_idx_bl": span.seq_idx_bl}
             y, state = ops.ssd_scan(x, dt, A, B, C, self.D, initial_state_bhpn=state, **options)

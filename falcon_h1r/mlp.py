@@ -31,4 +31,4 @@ class FalconH1MLP(nn.Module):
     def forward(self, x_bld: Tensor) -> Tensor:
         """(b, l, d) -> (b, l, d)."""
         y = self.ops.swiglu(self.gate_proj(x_bld), self.up_proj(x_bld), self.gate_multiplier)
-        return scaled(self.down_proj(y), self.down_multiplier)
+        return scaled(self.down_proj(y).to(x_bld.dtype), self.down_multiplier)

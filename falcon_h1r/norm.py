@@ -68,14 +68,7 @@ def gated_rms_norm_reference(
     return y.to(y_bld.dtype)
 
 
-def gated_rms_norm(
-    y_bld: Tensor,
-    z_bld: Tensor,
-    weight_d: Tensor | None,
-    eps: float,
-    n_groups: int = 1,
-    norm_before_gate: bool = False,
-) -> Tensor:
+def gated_rms_norm(y_bld, z_bld, weight_d, eps, n_groups=1, norm_before_gate=False) -> Tensor:
     """`gated_rms_norm_reference` in fewer passes over memory; same arguments."""
     assert y_bld.shape == z_bld.shape, (y_bld.shape, z_bld.shape)
     work = compute_dtype(y_bld)

@@ -16,26 +16,24 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .precision import compute_dtype
-from .ssd import check_shapes
+from .precision import autocasts, compute_dtype, without_autocast
+from .ssd import check_shapes, ssd_recurrent
 
 LONGEST_CHUNK = 64  # longer chunks take more exponentials, shorter ones smaller products
 
 
 def ssd_scan(
-    x_blhp: Tensor,
-    dt_blh: Tensor,
-    A_h: Tensor,
-    B_blgn: Tensor,
-    C_blgn: Tensor,
-    D_h: Tensor | None = None,
-    *,
-    chunk_size: int = 128,
-    initial_state_bhpn: Tensor | None = None,
-    seq_idx_bl: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h=None,
+    *, chunk_size=128, initial_state_bhpn=None, seq_idx_bl=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ssd.ssd_chunked` in chunks of at most LONGEST_CHUNK; extra memory is one chunk's."""
+    if autocasts(x_blhp):
+        return without_autocast(ssd_scan, **locals())
     inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
+    # A product over a chunk would carry NaN from one document into its neighbours: 0 * NaN is NaN.
+    if seq_idx_bl is not None and not all(t.isfinite().all() for t in inputs[:5]):
+        options = {"initial_state_bhpn": initial_state_bhpn, "seq_idx_bl": seq_idx_bl}
+        return ssd_recurrent(*inputs[:6], **options)
     b, l, h, p, g, n = check_shapes(*inputs)
     assert chunk_size > 0, chunk_size
     work, size, m = compute_dtype(x_blhp), min(chunk_size, LONGEST_CHUNK), state_products(b, h, g)

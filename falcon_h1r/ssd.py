@@ -28,7 +28,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from .precision import compute_dtype
+from .precision import autocasts, compute_dtype, without_autocast
 
 
 def ssd_recurrent(
@@ -44,13 +44,15 @@ def ssd_recurrent(
     seq_idx_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, one token after another: linear time, slow in Python."""
+    if autocasts(x_blhp):
+        return without_autocast(ssd_recurrent, **locals())
     inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
     x, dt, A, B_blhn, C_blhn, state_bhpn = _prepare(*inputs)
     outputs = []
     for t in range(x.shape[1]):
         if seq_idx_bl is not None and t > 0:
             same_document_b = seq_idx_bl[:, t] == seq_idx_bl[:, t - 1]
-            state_bhpn = state_bhpn * same_document_b[:, None, None, None]
+            state_bhpn = state_bhpn.where(same_document_b[:, None, None, None], 0)  # 0 * NaN is NaN
         token = x[:, t], dt[:, t], A, B_blhn[:, t], C_blhn[:, t]
         y_bhp, state_bhpn = _one_token(state_bhpn, *token)
         outputs.append(y_bhp)
@@ -68,18 +70,12 @@ def _one_token(state_bhpn, x_bhp, dt_bh, A_h, B_bhn, C_bhn) -> tuple[Tensor, Ten
 
 
 def ssd_dual(
-    x_blhp: Tensor,
-    dt_blh: Tensor,
-    A_h: Tensor,
-    B_blgn: Tensor,
-    C_blgn: Tensor,
-    D_h: Tensor | None = None,
-    *,
-    chunk_size: int = 128,
-    initial_state_bhpn: Tensor | None = None,
-    seq_idx_bl: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h=None,
+    *, chunk_size=128, initial_state_bhpn=None, seq_idx_bl=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = M x with M = (C B^T) o L o dt: attention without a softmax; memory quadratic in l."""
+    if autocasts(x_blhp):
+        return without_autocast(ssd_dual, **locals())
     inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
     x, dt, A, B_blhn, C_blhn, state_bhpn = _prepare(*inputs)
     L_bqsh = decay_matrix(dt, A, seq_idx_bl).to(x.dtype)
@@ -111,17 +107,9 @@ def decay_matrix(dt_blh: Tensor, A_h: Tensor, seq_idx_bl: Tensor | None = None) 
 
 
 def ssd_chunked(
-    x_blhp: Tensor,
-    dt_blh: Tensor,
-    A_h: Tensor,
-    B_blgn: Tensor,
-    C_blgn: Tensor,
-    D_h: Tensor | None = None,
-    *,
-    chunk_size: int = 128,
-    initial_state_bhpn: Tensor | None = None,
-    seq_idx_bl: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h=None,
+    *, chunk_size=128, initial_state_bhpn=None, seq_idx_bl=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The dual form inside chunks, the recurrence between them (paper section 6): linear in l."""
     assert chunk_size > 0 and x_blhp.shape[1] > 0, (chunk_size, x_blhp.shape)
     outputs, state_bhpn, documents = [], initial_state_bhpn, None
@@ -139,20 +127,14 @@ def ssd_chunked(
     return torch.cat(outputs, dim=1), state_bhpn
 
 
-def ssd_step(
-    state_bhpn: Tensor,
-    x_bhp: Tensor,
-    dt_bh: Tensor,
-    A_h: Tensor,
-    B_bgn: Tensor,
-    C_bgn: Tensor,
-    D_h: Tensor | None = None,
-) -> Tensor:
+def ssd_step(state_bhpn, x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h: Tensor | None = None) -> Tensor:
     """One token of the recurrence: state_bhpn (b, h, p, n) is updated in place, y_bhp is returned.
 
     x_bhp (b, h, p); dt_bh (b, h); B_bgn, C_bgn (b, g, n). y is computed from the state before it is
     rounded to its storage dtype and is returned in x's dtype.
     """
+    if autocasts(x_bhp):
+        return without_autocast(ssd_step, **locals())
     r = check_step_shapes(state_bhpn, x_bhp, dt_bh, B_bgn, C_bgn)
     work = compute_dtype(x_bhp)
     x, dt, state, A = (t.to(work) for t in (x_bhp, dt_bh, state_bhpn, A_h))

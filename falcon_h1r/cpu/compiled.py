@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Span
-from ..precision import compute_dtype
+from ..precision import autocasts, compute_dtype
 from ..scan import LONGEST_CHUNK
 from .launches import Replay, inductor
 
@@ -42,6 +42,34 @@ def _block_step(block, x_bld: Tensor, span: Span, layer, reach: Tensor) -> Tenso
 
 def _logits_step(model, x_bld: Tensor) -> Tensor:
     return model.logits(x_bld)
+
+
+class _Modules:
+    """The modules that graphs were made of: graphs run no hook, and follow no replacement."""
+
+    def __init__(self, form: str, model: nn.Module):
+        modules = list(model.modules())
+        everywhere = nn.modules.module
+        self._form = form
+        self._hooks = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
+        self._hooks += [
+            hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ]
+        self._attributes = [m.__dict__ for m in modules]
+        self._parents = [m._modules for m in modules if m._modules]
+        self._children = [list(parent.values()) for parent in self._parents]
+
+    def check(self) -> None:
+        """Raise ValueError for a hook, a `forward` put on a module, and a replaced module."""
+        if any(self._hooks) or any("forward" in attributes for attributes in self._attributes):
+            found = (
+                "a module has a forward hook or a forward of its own, which a graph does not run"
+            )
+        elif [list(parent.values()) for parent in self._parents] != self._children:
+            found = "a module was replaced after this form was made; make it anew"
+        else:
+            return
+        raise ValueError(f"{self._form}: {found}")
 
 
 class _Recorded(NamedTuple):
@@ -66,8 +94,9 @@ class CompiledStep:
     compiled the same shape; another batch size, dtype or config compiles again, a longer sequence
     or another cache does not. Linear layers of `use_onednn(model, stream=True)` become part of the
     compiled loops; others are called as they are. Other forwards may use the cache in between;
-    weights may change in place, but not be replaced by other tensors. Raises ValueError where torch
-    finds no C++ compiler, or the model is not on a CPU.
+    weights may change in place, but not be replaced by other tensors. A call raises ValueError
+    under torch.autocast, and where a module has a forward hook or was replaced. Raises
+    ValueError where torch finds no C++ compiler, or the model is not on a CPU.
     """
 
     def __init__(self, model, cache: Cache):
@@ -75,7 +104,7 @@ class CompiledStep:
             raise ValueError(f"CompiledStep: serves a CPU, the model is on {model.device}")
         require_compiler()
         self._model, self._cache = model, cache
-        self._twin = model.under("inductor")
+        self._twin, self._modules = model.under("inductor"), _Modules("CompiledStep", model)
         self._recorded: _Recorded | None = None  # the last step
         self._reach = torch.empty(cache.max_length, dtype=torch.bool)  # only its length counts
         self._layers = cache.layers()
@@ -96,6 +125,8 @@ class CompiledStep:
             raise ValueError(
                 f"tokens_b: {tuple(tokens_b.shape)}, expected ({cache.batch_size},), one a row"
             )
+        refuse_autocast("CompiledStep", cache.keys)
+        self._modules.check()
         span = self._plan() if span is None else span
         # torch.compile makes graphs of their own for a length of 1, and for a slice of the keys
         # that is all of them. Steps with these lengths run uncompiled.
@@ -162,7 +193,7 @@ class CompiledPrefill:
         require_compiler()
         shortest = min(model.config.mamba_chunk_size, LONGEST_CHUNK) + 1
         compiled = torch.compile(_block_prefill, fullgraph=True, dynamic=False)
-        self._twin = model.under("inductor")
+        self._twin, self._modules = model.under("inductor"), _Modules("CompiledPrefill", model)
         self._twin.model["layers"] = nn.ModuleList(
             _PrefillBlock(*blocks, compiled, shortest)
             for blocks in zip(model.model["layers"], self._twin.model["layers"])
@@ -177,6 +208,8 @@ class CompiledPrefill:
         logits_to_keep: int = 0,
     ) -> Tensor:
         """As `FalconH1ForCausalLM.forward`; nothing gets a gradient."""
+        refuse_autocast("CompiledPrefill", self._twin.model["embed_tokens"].weight)
+        self._modules.check()
         return self._twin(input_ids, attention_mask, cache, logits_to_keep)
 
 
@@ -209,6 +242,14 @@ class _PrefillBlock(nn.Module):
         apart = torch.fx.experimental._config.patch(use_duck_shape=False)
         with torch._dynamo.config.patch(recompile_limit=VARIANTS), apart:
             return self._compiled(self.twin, x_bld, span._replace(total=0), layer, before)
+
+
+def refuse_autocast(form: str, tensor: Tensor) -> None:
+    """Raise ValueError under torch.autocast, for which no graph is made."""
+    if autocasts(tensor):
+        raise ValueError(
+            f"{form}: torch.autocast is on; leave it, or give the model the narrow dtype itself"
+        )
 
 
 def require_compiler() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..conv import final_window, with_history
-from ..precision import compute_dtype
+from ..precision import autocasts, compute_dtype, without_autocast
 from ..scan import (
     LONGEST_CHUNK,
     chunk_output,
@@ -43,6 +43,8 @@ def decode_attention(
 ) -> Tensor:
     """One query in r heads per key head as sums of products: a loop over the keys and one over the
     values, each for all r heads at once; or torch's fused attention, where that is faster."""
+    if autocasts(q_bhe):
+        return without_autocast(decode_attention, **locals())
     b, h, e = q_bhe.shape
     j, s = k_bjse.shape[1:3]
     mask = None
@@ -132,6 +134,8 @@ def ssd_scan(
     A graph holds no loop of as many turns as there are chunks. Extra memory is a (q, s) matrix for
     each head of each chunk. Raises ValueError for packed documents and for gradients.
     """
+    if autocasts(x_blhp):
+        return without_autocast(ssd_scan, **locals())
     _refuse(x_blhp, seq_idx_bl)
     assert chunk_size > 0, chunk_size
     size = min(chunk_size, LONGEST_CHUNK)

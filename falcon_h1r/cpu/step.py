@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..precision import compute_dtype
+from ..precision import autocasts, compute_dtype, without_autocast
 from ..ssd import check_step_shapes
 
 STEP_BYTES = 2**20  # of states taken at a time: three operators pass over them
@@ -19,6 +19,8 @@ def ssd_step(
     D_h: Tensor | None = None,
 ) -> Tensor:
     """`ssd.ssd_step`, in place, a few rows at a time that stay in a core's cache."""
+    if autocasts(x_bhp):
+        return without_autocast(ssd_step, **locals())
     r = check_step_shapes(state_bhpn, x_bhp, dt_bh, B_bgn, C_bgn)
     b, h, p, n = state_bhpn.shape
     work = compute_dtype(x_bhp)

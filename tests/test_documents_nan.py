@@ -1,0 +1,65 @@
+"""What is not finite in one packed document does not reach another; nor does a huge A_log."""
+
+import pytest
+import torch
+from models import make_config, make_model, random_ids, relative_error, same_weights
+
+from falcon_h1r.ops import REFERENCE, TORCH
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["x", "dt", "B", "C"])
+@pytest.mark.parametrize("document", [0, 1, 2])
+@pytest.mark.parametrize("table", [REFERENCE, TORCH], ids=repr)
+def test_the_scan(table, document, which, bad):
+    torch.manual_seed(0)
+    b, l, h, p, g, n = 1, 30, 4, 6, 2, 5
+    parts = {"x": torch.randn(b, l, h, p), "dt": torch.rand(b, l, h), "A": -torch.rand(h)}
+    parts |= {"B": torch.randn(b, l, g, n), "C": torch.randn(b, l, g, n), "D": torch.randn(h)}
+    seq_idx = (torch.arange(l) // 10)[None]
+
+    def scan():
+        found = {name: part.clone().requires_grad_() for name, part in parts.items()}
+        y, state = table.ssd_scan(*found.values(), chunk_size=8, seq_idx_bl=seq_idx)
+        y[:, seq_idx[0] != document].sum().backward()
+        return y.detach(), state.detach(), found["x"].grad[:, seq_idx[0] != document]
+
+    expected = scan()
+    parts[which][:, 10 * document + 4] = bad
+    y, state, gradient = scan()
+    kept = seq_idx[0] != document
+    assert relative_error(y[:, kept], expected[0][:, kept]) < 1e-5
+    assert not y[:, ~kept].isfinite().all()
+    if document != 2:
+        assert relative_error(state, expected[1]) < 1e-5
+    assert relative_error(gradient, expected[2]) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("table", [REFERENCE, TORCH], ids=repr)
+def test_the_convolution(table, bad):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 9, 5), torch.randn(5, 4), torch.randn(5)
+    seq_idx = torch.tensor([0] * 7 + [1] * 2).expand(2, -1)
+    expected, window = table.causal_conv1d(x, weight, bias, seq_idx_bl=seq_idx)
+    x[:, 6] = bad
+    found, new_window = table.causal_conv1d(x, weight, bias, seq_idx_bl=seq_idx)
+    assert torch.equal(found[:, 7:], expected[:, 7:]) and torch.equal(new_window, window)
+
+
+@pytest.mark.parametrize("table", [REFERENCE, TORCH], ids=repr)
+@torch.no_grad()
+def test_a_huge_A_log_is_finite_as_in_float64(table):
+    model = make_model(make_config(time_step_limit=(0.0, 0.5)), ops=table)
+    for block in model.model["layers"]:
+        block.mamba.A_log[:2] = torch.tensor([200.0, 95.0])
+        block.mamba.dt_bias[0] = -200  # dt is 0 in float32
+    exact = same_weights(model, ops=REFERENCE, dtype=torch.float64)
+    ids, mask = random_ids(model.config, 2, 21), torch.ones(2, 21, dtype=torch.int64)
+    mask[0, :5] = 0
+    found = []
+    for each in (model, exact):
+        cache = each.new_cache(2, 30)
+        pieces = each(ids, attention_mask=mask, cache=cache), each(ids[:, :1], cache=cache)
+        found.append(torch.cat(pieces, 1))
+    assert relative_error(*found) < 1e-4
