@@ -26,7 +26,7 @@ EXACT = Equality("exact")
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{a\}b} c}", r"a\}b"),
-        (r"\boxed{1} and \boxed{\frac{1}{2}", None),  # the last one stays open
+        (r"\boxed{1} and \boxed{\frac{1}{2}", "1"),  # the last one stays open
         (r"\boxed{1 is what I thought, \boxed{5}", "5"),  # an earlier one stays open
         (r"\boxed{a + \boxed{b}}", r"a + \boxed{b}"),
         (r"\boxed{\boxed{b} + a} x", r"\boxed{b} + a"),
@@ -34,7 +34,7 @@ EXACT = Equality("exact")
         (r"\boxed{  }", None),
         (r"set {1, \boxed{5}", "5"),
         (r"} \boxed{5} }", "5"),
-        (r"\boxed5", None),
+        (r"\boxed5", "5"),
         (r"\boxedx{5}", None),
         (r"\\boxed{5}", None),  # a line break and the word boxed
         ("\\boxed{a\nb}", "a\nb"),
