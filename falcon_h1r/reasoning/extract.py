@@ -34,8 +34,10 @@ _WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 # `:` and spaces of that width are in this table too, so the patterns below write them plainly.
 _WIDE[0x3000] = 0x20
 
+# Every repeat below has a limit, so that a text of nothing but spaces costs no more than another.
 _OPENS = (
-    r"(?:[(\[{*$_`\"'\u300c\u3010\u201c\s]|\\(?:boxed|text|textbf|mathbf|mathrm|fbox)\s*\{|\\\()*"
+    r"(?:[(\[{*$_`\"'\u300c\u3010\u201c\s]"
+    r"|\\(?:boxed|text|textbf|mathbf|mathrm|fbox)\s{0,3}\{|\\\(){0,9}"
 )
 _ENDS = r"(?![A-Za-z0-9_'\u2019])"
 # `A` before a word is an article, and `I` a pronoun, unless the word gives a reason.
@@ -45,14 +47,16 @@ _BARE = rf"([A-J]){_ENDS}{_NO_WORD}"
 _SMALL = rf"([A-Ja-j]){_ENDS}(?!(?<=[a-j])[ \t]+[A-Za-z0-9]){_NO_WORD}"
 _STATED = re.compile(
     r"(?:(?i:\banswer|\bcorrect (?:option|choice)|\bfinal (?:option|choice))"
-    r"(?i:\s+(?:choice|option))?[*_]*\s*(?:(?i:is|was|would be|must be|should be)\b|[:=])?[*_]*\s*:?"
-    r"(?i:\s*(?:option|choice)\b)?"
-    r"|\u7b54\u6848\s*(?:\u5e94\u4e3a|\u5e94\u8be5\u662f|\u662f|\u4e3a|\u9009)?\s*:?"
-    r"|(?:\u6545|\u56e0\u6b64|\u6240\u4ee5|\u5e94|\u6b63\u786e)?\u9009(?:\u9879|\u62e9)?\s*(?:\u662f|\u4e3a)?\s*:?"
-    rf"|\\boxed\s*(?=\{{)){_OPENS}{_SMALL}"
+    r"(?i:\s{1,3}(?:choice|option))?[*_]{0,3}\s{0,3}"
+    r"(?:(?i:is|was|would be|must be|should be)\b|[:=])?[*_]{0,3}\s{0,3}:?"
+    r"(?i:\s{0,3}(?:option|choice)\b)?"
+    r"|\u7b54\u6848\s{0,3}(?:\u5e94\u4e3a|\u5e94\u8be5\u662f|\u662f|\u4e3a|\u9009)?\s{0,3}:?"
+    r"|(?:\u6545|\u56e0\u6b64|\u6240\u4ee5|\u5e94|\u6b63\u786e)?\u9009(?:\u9879|\u62e9)?"
+    r"\s{0,3}(?:\u662f|\u4e3a)?\s{0,3}:?"
+    rf"|\\boxed\s{{0,3}}(?=\{{)){_OPENS}{_SMALL}"
 )
 _MARKED = [
-    re.compile(rf"(?i:\b(?:option|choice))\s*:?\s*{_OPENS}{_SMALL}"),
+    re.compile(rf"(?i:\b(?:option|choice)):?{_OPENS}{_SMALL}"),
     re.compile(r"[(\[]\s*([A-J])\s*[)\]]"),
     re.compile(r"\*\*\s*\(?([A-J])\)?[.:]?\s*\*\*"),
     re.compile(r"\\text(?:bf)?\{\s*\(?([A-J])\)?\s*\}"),
@@ -115,8 +119,8 @@ def last_choice(text: str) -> str | None:
     r"""The letter A to J that a text settles on, as a capital.
 
     The last of the strongest kind that occurs: a letter called the answer (`The answer is (C)`,
-    `\boxed{C}`, `答案是C`); a letter called an option, in brackets, bold or alone on a line; a capital
-    standing alone that is neither article nor pronoun; a small letter in parentheses.
+    `\boxed{C}`, `答案是C`); a letter called an option, in brackets, bold or alone on a line; a
+    capital standing alone that is neither article nor pronoun; a small letter in parentheses.
     """
     plain = text.translate(_WIDE)
     for patterns in ([_STATED], _MARKED, [_ALONE], [_SMALL_IN_BRACKETS]):
