@@ -1,14 +1,11 @@
 """Answers by a vote of traces: confidences, DeepConf's policies, trace records and replay."""
 
 from .answers import (
-    EXTRACTORS,
     Candidate,
     Equality,
     Verdict,
     Vote,
     group,
-    last_boxed,
-    make_extractor,
     normal_form,
     vote,
 )
@@ -23,6 +20,7 @@ from .confidence import (
     trace_measures,
 )
 from .deepconf import PRESETS, Ballot, DeepConf, Offline, offline_vote
+from .extract import EXTRACTORS, last_boxed, make_extractor
 from .live import LiveRun, Question, fitting_window, tokens_of_all
 from .online import Ended, Event, OnlinePolicy, OnlineResult, Outcome
 from .openai import import_responses, read_responses

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ..generation import SamplingParams, derive_seeds
-from .answers import Classes, Equality, Extractor, Vote, make_extractor, vote
+from .answers import Classes, Equality, Vote, vote
 from .confidence import RunningConfidence, trace_measures
 from .deepconf import MAJORITY, DeepConf, Offline
+from .extract import Extractor, make_extractor
 
 LOW, CONSENSUS, INTERRUPTED = "low_confidence", "consensus", "interrupted"
 NATURAL = ("stop", "stop_string", "length")
