@@ -6,7 +6,6 @@ from .answers import (
     Verdict,
     Vote,
     group,
-    normal_form,
     vote,
 )
 from .confidence import (
@@ -22,6 +21,7 @@ from .confidence import (
 from .deepconf import PRESETS, Ballot, DeepConf, Offline, offline_vote
 from .extract import EXTRACTORS, last_boxed, make_extractor
 from .live import LiveRun, Question, fitting_window, tokens_of_all
+from .notation import normal_form
 from .online import Ended, Event, OnlinePolicy, OnlineResult, Outcome
 from .openai import import_responses, read_responses
 from .plain import PlainPolicy
