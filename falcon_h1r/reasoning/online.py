@@ -135,7 +135,7 @@ class OnlinePolicy:
         self._extract = make_extractor(extractor) if isinstance(extractor, str) else extractor
         self._stops = None if stop_token_ids is None else torch.tensor(sorted(stop_token_ids))
         self._equality = equality or Equality()
-        # Of those that may vote, and of all: a link between answers is made by those who are in it.
+        # Of those that may vote, and of all: those who are in it make a class.
         self._classes = {kind: Classes(self._equality) for kind in (True, False)}
         self._running: set[int] = set()
         self._reasons: dict[int, str] = {}

@@ -1,6 +1,7 @@
 r"""Which answers are the same, which are not, and what a hard answer costs."""
 
 import itertools
+import signal
 import threading
 
 import pytest
@@ -198,6 +199,24 @@ def test_a_cancelled_question_is_not_remembered():
     finally:
         VERIFIER.cancel(False)
     assert equality.same("x+3", "3+x")
+
+
+def test_ctrl_c_cuts_a_comparison_inside_a_step(monkeypatch):
+    from falcon_h1r.reasoning.live import _unbroken
+
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(verifier_module, "_BOOT", HANGS)
+    long = Verifier(500.0)
+    monkeypatch.setattr("falcon_h1r.reasoning.answers.VERIFIER", long)
+    monkeypatch.setattr("falcon_h1r.reasoning.live.VERIFIER", long)
+    found = []
+    timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt), _unbroken():
+        timer.start()
+        found.append(Equality().compare("h", "x+1"))
+    long.close()
+    assert found == [(False, "exact")]
+    assert not long._cancelled
 
 
 def test_a_process_that_died_is_replaced():
