@@ -1,15 +1,11 @@
 """Answers by a vote of traces: confidences, DeepConf's policies, trace records and replay."""
 
 from .answers import (
-    EXTRACTORS,
     Candidate,
     Equality,
     Verdict,
     Vote,
     group,
-    last_boxed,
-    make_extractor,
-    normal_form,
     vote,
 )
 from .confidence import (
@@ -23,7 +19,9 @@ from .confidence import (
     trace_measures,
 )
 from .deepconf import PRESETS, Ballot, DeepConf, Offline, offline_vote
+from .extract import EXTRACTORS, last_boxed, make_extractor
 from .live import LiveRun, Question, fitting_window, tokens_of_all
+from .notation import normal_form
 from .online import Ended, Event, OnlinePolicy, OnlineResult, Outcome
 from .openai import import_responses, read_responses
 from .plain import PlainPolicy

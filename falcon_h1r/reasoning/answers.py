@@ -13,164 +13,19 @@ from __future__ import annotations
 
 import math
 import re
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from fractions import Fraction
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from ..checks import check_number
+from .notation import normal_form
+from .verifier import VERIFIER, installed, too_hard
 
-Extractor = Callable[[str], "str | None"]
-
-_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w/])")
-_CHOICE = re.compile(r"(?<![\w\\])\(?([A-J])\)?(?!\w)")
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`; None without one, and where its braces stay open.
-
-    Braces are matched; `\{` and `\}` are characters. A box inside another belongs to the outer one,
-    whose whole content is returned. Blank content counts as no answer.
-    """
-    opened: list[int | None] = []  # of every open brace: where its box's content begins, or None
-    closed: list[tuple[int, int]] = []
-    last = None
-    for match in _TOKENS.finditer(text):
-        token = match[0]
-        if token.startswith("\\boxed"):
-            last = match.end()
-            opened.append(last)
-        elif token == "{":
-            opened.append(None)
-        elif token == "}" and opened and (start := opened.pop()) is not None:
-            closed.append((start, match.start()))
-    around = [box for box in closed if last is not None and box[0] <= last <= box[1]]
-    if not around:
-        return None
-    start, end = min(around)
-    return text[start:end].strip() or None
-
-
-def last_number(text: str) -> str | None:
-    """The last whole number, decimal or fraction written with digits."""
-    found = _NUMBER.findall(text)
-    return found[-1] if found else None
-
-
-def last_choice(text: str) -> str | None:
-    """The last capital letter A to J that stands alone or in parentheses."""
-    found = _CHOICE.findall(text)
-    return found[-1] if found else None
-
-
-def last_line(text: str) -> str | None:
-    """The last line that is not blank."""
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else None
-
-
-EXTRACTORS: dict[str, Extractor] = {
-    "boxed": last_boxed,
-    "number": last_number,
-    "choice": last_choice,
-    "line": last_line,
-}
-
-
-def make_extractor(spec: str) -> Extractor:
-    """An extractor from its description.
-
-    spec: names of `EXTRACTORS` with commas between, tried in that order until one finds something;
-        or `re:PATTERN`: the last match of a regular expression, its first group where it has one.
-
-    Raises ValueError for anything else.
-    """
-    if spec.startswith("re:"):
-        try:
-            pattern = re.compile(spec[3:], re.DOTALL)
-        except re.error as error:
-            raise ValueError(f"extractor {spec!r}: {error}") from error
-
-        def by_pattern(text: str) -> str | None:
-            found = [m[1] if pattern.groups else m[0] for m in pattern.finditer(text)]
-            return (found[-1] or "").strip() or None if found else None
-
-        return by_pattern
-    names = spec.split(",")
-    unknown = [name for name in names if name not in EXTRACTORS]
-    if unknown:
-        known = ", ".join(EXTRACTORS)
-        raise ValueError(f"extractor {unknown[0]!r}: known are {known} and re:PATTERN")
-
-    def by_names(text: str) -> str | None:
-        answers = (EXTRACTORS[name](text) for name in names)
-        return next((answer for answer in answers if answer is not None), None)
-
-    return by_names
-
-
-_WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_SPACE = re.compile(r"\\[,;: ]|\\q?quad(?![a-zA-Z])|~|\s")
-_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_FRACTION = re.compile(r"([-+]?)\\frac\{([-+]?\d+)\}\{([-+]?\d+)\}")
-_RATIO = re.compile(r"[-+]?\d+(?:\.\d+|/\d+)?|[-+]?\.\d+")
-# Longer than any answer; int() itself refuses thousands of digits.
-_MOST_DIGITS = 200
-
-
-@lru_cache(maxsize=4096)
-def normal_form(answer: str) -> str:
-    r"""The notation that stands for an answer under the exact rule.
-
-    Dropped: math delimiters (`$`, `\(`, `\[`), `\left` and `\right`, `\!`, `\displaystyle`, a final
-    full stop, `\text{...}` and the like around their content, a backslash before `%`, spaces beside
-    operators, brackets and commas (a comma is followed by one space). `\dfrac` and `\tfrac` are
-    `\frac`, with braces around single-digit arguments; Unicode's minus is `-`. Runs of space become
-    one.
-    A whole number, a decimal, `a/b` and `\frac{a}{b}` of whole numbers become a reduced fraction:
-    `0.50`, `1/2` and `\frac{2}{4}` are `1/2`, and `1,000` is `1000`, but `1, 000` a list.
-    Letters keep their case; `50%` is not `50` and not `1/2`.
-    """
-    while True:
-        form = _normalised(answer)
-        if form == answer:
-            return form
-        answer = form
-
-
-def _normalised(answer: str) -> str:
-    text = answer.replace("\u2212", "-").replace("\\%", "%").replace("{,}", ",")
-    text = re.sub(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\displaystyle(?![a-zA-Z])", "", text)
-    text = re.sub(r"\\[()\[\]!]|(?<!\\)\$", "", text)
-    text = _WRAPPED.sub(r"\1", text)
-    text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text)
-    text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
-    text = " ".join(_SPACE.sub(" ", text).split()).replace(" %", "%")
-    text = text[:-1].rstrip() if text.endswith(".") else text
-    number = _as_number(text)
-    if number is not None:
-        return str(number)
-    text = re.sub(r"\s*([-+*/=<>^_(){}\[\]|])\s*", r"\1", text)
-    text = re.sub(r"\s*,\s*", ", ", text).strip()
-    number = _FRACTION.fullmatch(text) and _as_number(text)
-    return text if number is None else str(number)
-
-
-def _as_number(text: str) -> Fraction | None:
-    if len(text) > _MOST_DIGITS:
-        return None
-    if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
-    if match := _FRACTION.fullmatch(re.sub(r"\s*([{}])\s*", r"\1", text)):
-        sign, top, bottom = match.groups()
-        if int(bottom) == 0:
-            return None
-        return Fraction(int(top), int(bottom)) * (-1 if sign == "-" else 1)
-    if not _RATIO.fullmatch(text) or re.search(r"/0+$", text):
-        return None
-    return Fraction(text)
+# Letters with which math-verify does nothing right: it drops units, so `5 cm` were `5 m`.
+_MEASURE = re.compile(r"\d (?:[A-Za-z\u00b5\u03bc\u00b0]|[^\x00-\x7f])")
+_NOT_MATHS = re.compile(r"[%:]|\d_|\d+[-/.]\d+[-/.]\d+|[^\x00-\x7f]|\u00b0")
+_NAMED = re.compile(r"([a-zA-Z](?:_[a-zA-Z0-9])?)=([^=<>]+)")
 
 
 def _plain(form: str) -> bool:
@@ -183,13 +38,27 @@ def _plain(form: str) -> bool:
     return bool(number or words)
 
 
+@lru_cache(maxsize=4096)
 def _unfit(form: str) -> bool:
-    """Whether math-verify is never asked about an answer.
+    """Whether math-verify is never asked about an answer: the exact rule's verdict stands.
 
-    It takes `50%` for both `50` and `0.5`, which would make those two the same; and what is very
-    long is no answer.
+    It takes `50%` for both `50` and `0.5`, drops units and the bases of numbers, and reads times,
+    ratios and dates as quotients and differences.
     """
-    return "%" in form or len(form) > _MOST_DIGITS
+    return bool(_NOT_MATHS.search(form) or _MEASURE.search(form)) or too_hard(form)
+
+
+def _differ(a: str, b: str) -> bool:
+    """Whether two forms differ in a way that math-verify does not see.
+
+    A list in brackets is ordered, and one without is not; a letter is not its capital.
+    """
+    lists = ["," in form and form[0] in "([" for form in (a, b)]
+    sets = ["," in form and form[0] not in "([" for form in (a, b)]
+    if (lists[0] and sets[1]) or (lists[1] and sets[0]):
+        return True
+    first, second = (set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", f))) for f in (a, b))
+    return first != second and {x.lower() for x in first} == {x.lower() for x in second}
 
 
 class Verdict(NamedTuple):
@@ -206,39 +75,89 @@ class Equality:
         installed. A rule with a version, as a record holds it, is taken without the version.
     `rule` of the object names what is used, with the version, and never `auto`.
 
-    math-verify may take 5 s for one comparison, then the exact rule's verdict stands (in the main
-    thread only: elsewhere Python has no alarm, and it may take as long as it likes).
+    math-verify may take `verifier.LIMIT` seconds for one question, in whatever thread and on every
+    platform; then the exact rule's verdict stands, and is remembered.
     """
 
     def __init__(self, rule: str = "auto"):
         name = rule.split(" ")[0]
         if name not in ("auto", "exact", "math-verify"):
             raise ValueError(f"rule {rule!r}: known are auto, exact and math-verify")
-        self._verify = None if name == "exact" else _math_verify()
-        if name == "math-verify" and self._verify is None:
+        self._verifies = name != "exact" and installed()
+        if name == "math-verify" and not self._verifies:
             raise ValueError(
                 "rule 'math-verify': the package is not installed "
                 "(pip install 'falcon-h1r[reasoning]'); 'exact' needs none"
             )
-        self.rule = "exact" if self._verify is None else f"math-verify {_math_verify_version()}"
+        self.rule = f"math-verify {_math_verify_version()}" if self._verifies else "exact"
         self._known: dict[tuple[str, str], Verdict] = {}
+        self._prints: dict[str, list | None] = {}
+        self._failures: Counter[str] = Counter()
 
     def compare(self, a: str, b: str) -> Verdict:
         """Symmetric: math-verify is asked in both directions, one yes is enough."""
         first, second = sorted((normal_form(a), normal_form(b)))
         if first == second:
             return Verdict(True, "exact")
-        known = (_plain(first) and _plain(second)) or _unfit(first) or _unfit(second)
-        if self._verify is None or known:
+        names = [_NAMED.fullmatch(form) for form in (first, second)]
+        if all(names) and names[0][1] != names[1][1]:
+            return Verdict(False, "exact")
+        if any(names):  # `x=5` is `5`, and `x=5` is `x=10/2`
+            first, second = (
+                normal_form(name[2]) if name else form for name, form in zip(names, (first, second))
+            )
+            if first == second:
+                return Verdict(True, "exact")
+            first, second = sorted((first, second))
+        plain = _plain(first) and _plain(second)
+        if not self._verifies or plain or _unfit(first) or _unfit(second):
             return Verdict(False, "exact")
         if (first, second) not in self._known:
-            equal = self._verify(first, second)
-            verdict = Verdict(False, "exact") if equal is None else Verdict(equal, self.rule)
+            try:
+                verdict = self._asked(first, second)
+            except InterruptedError:
+                return Verdict(False, "exact")
             self._known[first, second] = verdict
         return self._known[first, second]
 
     def same(self, a: str, b: str) -> bool:
         return self.compare(a, b).equal
+
+    def _asked(self, first: str, second: str) -> Verdict:
+        if _differ(first, second):
+            return Verdict(False, "exact")
+        one, other = self._print(first), self._print(second)
+        gave_up = Verdict(False, "exact")
+        if (
+            one is None
+            or other is None
+            or _SAME_FAILURES
+            in (
+                self._failures[first],
+                self._failures[second],
+            )
+        ):
+            return gave_up
+        kinds = {one[0], other[0]}
+        if kinds == {"number"}:
+            return Verdict(one == other, self.rule)
+        if "other" not in kinds and one != other:
+            return Verdict(False, self.rule)
+        equal = VERIFIER.ask("equal", first, second)
+        if equal is None:
+            self._failures.update((first, second))
+            return gave_up
+        return Verdict(bool(equal), self.rule)
+
+    def _print(self, form: str) -> list | None:
+        """Kind and value to 30 digits (of an expression: at one point); None: cannot be read."""
+        if form not in self._prints:
+            self._prints[form] = VERIFIER.ask("print", form)
+        return self._prints[form]
+
+
+# So many questions about one answer may fail; none is asked after.
+_SAME_FAILURES = 3
 
 
 def _math_verify_version() -> str:
@@ -247,65 +166,45 @@ def _math_verify_version() -> str:
     return version("math-verify")
 
 
-def _math_verify() -> Callable[[str, str], bool | None] | None:
-    """Asks math-verify; None in place of an answer where it gave up. None if not installed."""
-    try:
-        from math_verify import LatexExtractionConfig, parse, verify
-    except ImportError:
-        return None
-
-    # As LatexExtractionConfig only: the other way of reading evaluates its input as Python.
-    reading = {
-        "extraction_config": [LatexExtractionConfig()],
-        "fallback_mode": "no_fallback",
-        "raise_on_error": True,
-    }
-
-    def ask(a: str, b: str) -> bool | None:
-        main = threading.current_thread() is threading.main_thread()
-        limit = 5 if main else None
-        try:
-            first, second = (
-                parse(f"\\boxed{{{text}}}", parsing_timeout=limit, **reading) for text in (a, b)
-            )
-            options = {"timeout_seconds": limit, "raise_on_error": True}
-            return verify(first, second, **options) or verify(second, first, **options)
-        except Exception:  # sympy raises whatever it likes on what a model may write
-            return None
-
-    return ask
-
-
 class Classes:
     """Answers put into classes as they come: the same classes in whatever order they come.
 
-    A class is all that is linked by equal pairs: math-verify's relation is not transitive (`5 cm`
-    is `5` and so is `5 m`), and its closure is the one partition that does not depend on the order.
+    Every class has a representative, and holds only what equals it. Answers are taken shortest
+    first, then by the alphabet, each into the first class whose representative it equals. So two
+    answers that equal no common third are never in one class, though equality is not transitive.
     """
 
     def __init__(self, equality: Equality):
         self.equality = equality
         self.rules: set[str] = set()  # that decided a pair to be equal
-        self._parent: dict[str, str] = {}
+        self._heads: dict[str, str] = {}
 
     def add(self, answer: str) -> None:
         form = normal_form(answer)
-        if form in self._parent:
+        if form in self._heads:
             return
-        self._parent[form] = form
-        for other in list(self._parent):
-            if self.find(other) != self.find(form):
-                verdict = self.equality.compare(form, other)
+        linked = any(self.equality.compare(form, other).equal for other in self._heads)
+        self._heads[form] = form
+        if linked:
+            self._assign()
+
+    def _assign(self) -> None:
+        self.rules.clear()
+        heads: list[str] = []
+        for form in sorted(self._heads, key=lambda form: (len(form), form)):
+            self._heads[form] = form
+            for head in heads:
+                verdict = self.equality.compare(form, head)
                 if verdict.equal:
-                    self._parent[self.find(form)] = self.find(other)
+                    self._heads[form] = head
                     self.rules.add(verdict.rule)
+                    break
+            else:
+                heads.append(form)
 
     def find(self, answer: str) -> str:
         """The form that stands for the class of an answer that was added."""
-        form = normal_form(answer)
-        while self._parent[form] != form:
-            form = self._parent[form]
-        return form
+        return self._heads[normal_form(answer)]
 
 
 def group(answers: Sequence[str | None], equality: Equality | None = None) -> list[int | None]:

@@ -24,6 +24,7 @@ from ..generation import SamplingParams
 from .confidence import WINDOW, token_confidence
 from .online import INTERRUPTED, NATURAL, Ended, OnlinePolicy, OnlineResult
 from .recorder import TraceRecorder
+from .verifier import VERIFIER
 
 # The paper's group of 2048 tokens is 1/32 of its longest trace, 64 Ki tokens.
 _GROUPS, _LEAST_WINDOW = 32, 8
@@ -259,16 +260,25 @@ class LiveRun:
 
 @contextmanager
 def _unbroken() -> Iterator[None]:
-    """Ctrl-C waits until the block is over. In the main thread only: elsewhere there is none."""
+    """Ctrl-C waits until the block is over. In the main thread only: elsewhere there is none.
+
+    Comparisons of answers that are under way are cut: the exact rule decides them.
+    """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
     caught: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+
+    def catch(*arguments) -> None:
+        caught.append(arguments)
+        VERIFIER.cancel()
+
+    signal.signal(signal.SIGINT, catch)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        VERIFIER.cancel(False)
     if caught:
         before(*caught[0])

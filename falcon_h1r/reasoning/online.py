@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ..generation import SamplingParams, derive_seeds
-from .answers import Classes, Equality, Extractor, Vote, make_extractor, vote
+from .answers import Classes, Equality, Vote, vote
 from .confidence import RunningConfidence, trace_measures
 from .deepconf import MAJORITY, DeepConf, Offline
+from .extract import Extractor, make_extractor
 
 LOW, CONSENSUS, INTERRUPTED = "low_confidence", "consensus", "interrupted"
 NATURAL = ("stop", "stop_string", "length")
@@ -134,7 +135,7 @@ class OnlinePolicy:
         self._extract = make_extractor(extractor) if isinstance(extractor, str) else extractor
         self._stops = None if stop_token_ids is None else torch.tensor(sorted(stop_token_ids))
         self._equality = equality or Equality()
-        # Of those that may vote, and of all: a link between answers is made by those who are in it.
+        # Of those that may vote, and of all: those who are in it make a class.
         self._classes = {kind: Classes(self._equality) for kind in (True, False)}
         self._running: set[int] = set()
         self._reasons: dict[int, str] = {}

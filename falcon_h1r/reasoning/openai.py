@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .answers import make_extractor
 from .confidence import token_confidence
+from .extract import make_extractor
 from .recorder import TraceRecorder
 from .traces import Manifest, Record, read_record
 

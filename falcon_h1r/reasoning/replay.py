@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_integer
-from .answers import Equality, Extractor, Vote, make_extractor
+from .answers import Equality, Vote
 from .confidence import MEASURES, trace_measures
 from .deepconf import MAJORITY, PRESETS, Ballot, DeepConf, Offline, offline_vote
+from .extract import Extractor, make_extractor
 from .online import INTERRUPTED, LOW, Ended, OnlinePolicy, OnlineResult
 from .traces import Record, RecordedTrace
 
