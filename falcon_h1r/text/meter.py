@@ -62,14 +62,13 @@ class Meter:
         return value
 
     def look(self, value: Any) -> Any:
-        """Weigh a value that an operation reads through, and return it.
+        """Weigh a value that an operation reads through, and return it."""
+        weigh(value)
+        self.tick()
+        return value
 
-        An iterator is read into a list, which takes its place.
-        """
-        if isinstance(value, _TEXT):
-            self.tick()
-            check_size(len(value))
-            return value
+    def settle(self, value: Any) -> Any:
+        """As `look`, of a value that is iterated: an iterator gives way to a list of its items."""
         if isinstance(value, Iterator) and not isinstance(value, LoopContext):
             items = []
             for item in value:
@@ -77,9 +76,7 @@ class Meter:
                 check_size(len(items) * ITEM)
                 self.tick(8)
             value = items
-        weigh(value)
-        self.tick()
-        return value
+        return self.look(value)
 
 
 METER: ContextVar[Meter] = ContextVar("meter")
