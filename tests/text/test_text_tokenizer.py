@@ -237,7 +237,7 @@ def test_what_the_vocabulary_lacks_is_refused():
 
 @pytest.mark.parametrize("ids", [[-1], [2**70], [1.5], ["a"], [None], [[1]], 5, None, "ab"])
 def test_only_ids_are_decoded(ids):
-    with pytest.raises(ValueError, match="decode: ids is .* expected token ids"):
+    with pytest.raises(ValueError, match=r"decode: ids is .* expected token ids"):
         TOKENIZER.decode(ids)
 
 
