@@ -18,7 +18,7 @@ from jinja2.runtime import LoopContext
 
 MOST_SECONDS = 5.0
 MOST_CHARACTERS = 10_000_000  # of the output, and of what one operation reads or writes
-MOST_BYTES = 2**29  # of all values that one rendering makes
+MOST_BYTES = 2**28  # of all values that one rendering makes
 MOST_DEPTH = 200  # lists and dicts inside one another
 MOST_BITS = 2**16  # of an integer
 MOST_STEPS = 10**9  # of an operation that compares all of one text with all of another

@@ -62,7 +62,7 @@ def render_template(
 
     Raises `ChatTemplateError` for what is not a conversation, for every error in the template, for
     an output that is no Unicode text, and beyond the limits of `meter`: 5 seconds, 10,000,000
-    characters of output, and 512 MiB of values on the way.
+    characters of output, and 256 MiB of values on the way.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ChatTemplateError("messages: expected a list with at least one message")

@@ -145,7 +145,7 @@ class Tokenizer:
             `apply_chat_template` that would change that are refused.
 
         Raises `ChatTemplateError` when there is no template, it fails, or its cost is beyond the
-        limits that `render_template` states: 5 seconds, 10,000,000 characters, 512 MiB of values.
+        limits that `render_template` states: 5 seconds, 10,000,000 characters, 256 MiB of values.
         """
         if variables.pop("tokenize", False):
             raise ChatTemplateError(
