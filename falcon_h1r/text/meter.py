@@ -18,7 +18,7 @@ from jinja2.runtime import LoopContext
 
 MOST_SECONDS = 5.0
 MOST_CHARACTERS = 10_000_000  # of the output, and of what one operation reads or writes
-MOST_BYTES = 2**29  # of all values that one rendering makes
+MOST_BYTES = 2**28  # of all values that one rendering makes
 MOST_DEPTH = 200  # lists and dicts inside one another
 MOST_BITS = 2**16  # of an integer
 MOST_STEPS = 10**9  # of an operation that compares all of one text with all of another
@@ -62,14 +62,13 @@ class Meter:
         return value
 
     def look(self, value: Any) -> Any:
-        """Weigh a value that an operation reads through, and return it.
+        """Weigh a value that an operation reads through, and return it."""
+        weigh(value)
+        self.tick()
+        return value
 
-        An iterator is read into a list, which takes its place.
-        """
-        if isinstance(value, _TEXT):
-            self.tick()
-            check_size(len(value))
-            return value
+    def settle(self, value: Any) -> Any:
+        """As `look`, of a value that is iterated: an iterator gives way to a list of its items."""
         if isinstance(value, Iterator) and not isinstance(value, LoopContext):
             items = []
             for item in value:
@@ -77,9 +76,7 @@ class Meter:
                 check_size(len(items) * ITEM)
                 self.tick(8)
             value = items
-        weigh(value)
-        self.tick()
-        return value
+        return self.look(value)
 
 
 METER: ContextVar[Meter] = ContextVar("meter")

@@ -21,14 +21,16 @@ from .meter import ITEM, METER, TooMuch, check_size, check_steps, weigh
 
 MOST_NODES = 20_000  # of a parsed template
 # Names that no template can spell.
-_LOOK, _MADE, _SPEND = "meter: look", "meter: made", "meter: spend"
+_LOOK, _SETTLE, _MADE, _SPEND = "meter: look", "meter: settle", "meter: made", "meter: spend"
 # Called with values that they pass on unread.
-_PASSING = (Macro, LoopContext, BlockReference, type)
+_PASSING = (Macro, LoopContext, BlockReference)
 # Filters and tests that do not read through what they are given.
 _SHALLOW_FILTERS = set(
     "length count first last list reverse default d items attr map select reject selectattr "
     "rejectattr batch slice random".split()
 )
+# Filters and tests that go through the items of an iterator.
+_ITERATING = set("join sort unique min max sum groupby urlencode in".split())
 _SHALLOW_TESTS = set(
     "defined undefined none string number integer float boolean true false mapping iterable "
     "sequence callable sameas".split()
@@ -70,7 +72,8 @@ class _Metering(NodeTransformer):
         node = self.generic_visit(node)
         node.expr = _filter(_LOOK, node.expr)
         for operand in node.ops:
-            operand.expr = _filter(_LOOK, operand.expr)
+            name = _SETTLE if operand.op in ("in", "notin") else _LOOK
+            operand.expr = _filter(name, operand.expr)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
@@ -135,7 +138,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             name: _metered(name, call, name in _SHALLOW_FILTERS)
             for name, call in self.filters.items()
         }
-        self.filters |= {_LOOK: _look, _MADE: _made, _SPEND: _spent}
+        self.filters |= {_LOOK: _look, _SETTLE: _settle, _MADE: _made, _SPEND: _spent}
         self.tests = {
             name: _metered(name, call, name in _SHALLOW_TESTS) for name, call in self.tests.items()
         }
@@ -162,9 +165,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         running.tick()
         text = False
         if not isinstance(__obj, _PASSING):
-            args = tuple(running.look(value) for value in args)
-            kwargs = {name: running.look(value) for name, value in kwargs.items()}
-            if isinstance(__obj, types.BuiltinMethodType):
+            built_in = isinstance(__obj, types.BuiltinMethodType)
+            look = running.settle if built_in or __obj is dict else running.look
+            args = tuple(look(value) for value in args)
+            kwargs = {name: look(value) for name, value in kwargs.items()}
+            if built_in:
                 text = isinstance(__obj.__self__, (str, bytes))
                 meter.method(__obj.__self__, __obj.__name__, args, kwargs)
         made = super().call(__context, __obj, *args, **kwargs)
@@ -199,8 +204,9 @@ def _metered(name: str, call, shallow: bool):
         running.tick()
         values = args[lead:]
         if not shallow:
-            values = tuple(running.look(value) for value in values)
-            kwargs = {key: running.look(value) for key, value in kwargs.items()}
+            look = running.settle if name in _ITERATING else running.look
+            values = tuple(look(value) for value in values)
+            kwargs = {key: look(value) for key, value in kwargs.items()}
         if (most := _SLOW.get(name)) is not None and weigh((*values, kwargs))[0] > most:
             raise TooMuch(f"the filter {name} on more than {most} characters")
         if check is not None:
@@ -275,6 +281,10 @@ def _finalize(context, value: Any) -> Any:
 
 def _look(value: Any) -> Any:
     return METER.get().look(value)
+
+
+def _settle(value: Any) -> Any:
+    return METER.get().settle(value)
 
 
 def _made(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import reprlib
 from typing import Any
@@ -21,6 +22,11 @@ class ChatTemplateError(ValueError):
     with any error, or costs more than rendering may."""
 
 
+@functools.cache
+def _sandbox() -> Sandbox:
+    return Sandbox()
+
+
 def compile_template(source: str) -> jinja2.Template:
     """Compile a chat template in the environment transformers gives it; see `Sandbox`.
 
@@ -34,7 +40,7 @@ def compile_template(source: str) -> jinja2.Template:
             f"chat template has {len(source)} characters, expected at most {MOST_SOURCE}"
         )
     try:
-        return Sandbox().compile_metered(source)
+        return _sandbox().compile_metered(source)
     except jinja2.TemplateSyntaxError as error:
         raise ChatTemplateError(
             f"chat template, line {error.lineno}: {_reason(error.message)}"
@@ -56,7 +62,7 @@ def render_template(
 
     Raises `ChatTemplateError` for what is not a conversation, for every error in the template, for
     an output that is no Unicode text, and beyond the limits of `meter`: 5 seconds, 10,000,000
-    characters of output, and 512 MiB of values on the way.
+    characters of output, and 256 MiB of values on the way.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ChatTemplateError("messages: expected a list with at least one message")

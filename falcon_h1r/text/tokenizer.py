@@ -102,21 +102,30 @@ class Tokenizer:
 
         add_special_tokens: also add what tokenizer.json's post-processor puts around a text, such
         as a begin-of-text token. Leave it off for rendered chats, which hold all of theirs.
-        Raises `ValueError` for what is no string, or holds half of a surrogate pair.
+        Raises `ValueError` for what is no string, holds half of a surrogate pair, or holds what
+        the vocabulary has no token for.
         """
         if not isinstance(text, str):
             raise ValueError(f"encode: expected a string, found {type(text).__name__}")
         check_text("encode: the text", text)
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the wheel raises bare Exception, as for a missing unk token
+            raise ValueError(f"encode: {error}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids` (any sequence of ints, a 1-D tensor included); U+FFFD for broken UTF-8.
 
         Ids between the tokenizer's and the model's vocabulary size, which training never uses,
-        decode to nothing.
+        decode to nothing. Raises `ValueError` for what are no ids.
         """
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        try:
+            ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(
+                f"decode: ids is {ids!r:.80}, expected token ids in one dimension: {error}"
+            ) from error
 
     def apply_chat_template(
         self,
@@ -137,7 +146,7 @@ class Tokenizer:
             `apply_chat_template` that would change that are refused.
 
         Raises `ChatTemplateError` when there is no template, it fails, or its cost is beyond the
-        limits that `render_template` states: 5 seconds, 10,000,000 characters, 512 MiB of values.
+        limits that `render_template` states: 5 seconds, 10,000,000 characters, 256 MiB of values.
         """
         if variables.pop("tokenize", False):
             raise ChatTemplateError(

@@ -36,7 +36,7 @@ ATOMS = """messages messages[0] messages[-1].content messages[1]['content'] tool
     add_generation_prompt nothing none true 0 1 2 -3 1.5 9999 100000 10000000 1000000000 0xffff
     'a' '' '{{}}' '{{:>99}}' '%s' '%5d%%' '%(a)s' '\\ud800' '\\u0000' 'x-y_z' ',' '\\n' [] {{}} (1,)
     [1,2,'a'] {{'a':1,'role':'b'}} range(9) range(99999) ns.a ns.s ns.n x m({e}) loop.index
-    loop.last loop cycler(1,{e}) joiner() dict(a={e}) namespace self caller""".split()
+    loop.last loop cycler(1,{e}).next() joiner()() dict(a={e}) self caller""".split()
 BINARY = [*"+ - * / // % ** ~ == != < <= > >= and or in".split(), "not in"]
 
 
@@ -108,8 +108,8 @@ class Writer:
         return first + " \n".join(self.statement() for _ in range(self.r.randrange(1, 5)))
 
 
-# What prints an address or the name of a class, and what a list stands for here.
-UNEQUAL = ("<generator", "Namespace", " at 0x", "iterator", "Undefined", "<class")
+# What prints an address or the name of a class.
+UNEQUAL = ("generator", "namespace", " at 0x", "iterator", "<class")
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
@@ -136,7 +136,7 @@ def test_random_templates_render_as_in_transformers_or_are_refused(monkeypatch, 
         except Exception:  # it computes constants that are never reached
             alone += 1
             continue
-        if expected != text and not any(mark in expected for mark in UNEQUAL):
+        if expected != text and not any(mark in expected.lower() for mark in UNEQUAL):
             unequal.append(seed)
     with capsys.disabled():
         failed = cases - rendered - limited

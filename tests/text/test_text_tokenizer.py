@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_text import PLAIN_TEMPLATE, SPECIAL, VOCAB_SIZE, build_backend, write_tokenizer
-from tokenizers import processors
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, processors
 from transformers import AutoTokenizer
 
 from falcon_h1r.checkpoint import CheckpointError
@@ -240,6 +241,18 @@ def test_only_strings_are_encoded():
         TOKENIZER.encode(["a"])
     with pytest.raises(ValueError, match=r"encode: the text is no UTF-8 text: .*U\+D800"):
         TOKENIZER.encode("a\ud800")
+
+
+def test_what_the_vocabulary_lacks_is_refused():
+    tokenizer = Tokenizer(Backend(models.WordLevel({"a": 0}, unk_token="x")))
+    with pytest.raises(ValueError, match=r"encode: .*Missing \[UNK\]"):
+        tokenizer.encode("b")
+
+
+@pytest.mark.parametrize("ids", [[-1], [2**70], [1.5], ["a"], [None], [[1]], 5, None, "ab"])
+def test_only_ids_are_decoded(ids):
+    with pytest.raises(ValueError, match=r"decode: ids is .* expected token ids"):
+        TOKENIZER.decode(ids)
 
 
 def test_a_plain_template_is_the_default_of_the_helpers(tmp_path):
