@@ -85,8 +85,10 @@ class _Scan(torch.autograd.Function):
         seq_idx_bl, x, dt, A, B, C, D, *states = ctx.saved_tensors
         back = _Back(ctx.size, seq_idx_bl, x, dt, A, B, C, D)
         gradients = back.walk(states, dy, dstate)
-        return None, None, *(
-            g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[2:])
+        return (
+            None,
+            None,
+            *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[2:])),
         )
 
 
