@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import scan
 from .precision import compute_dtype
@@ -42,7 +41,7 @@ def ssd_scan(
     initial_state_bhpn: Tensor | None = None,
     seq_idx_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`scan.ssd_scan` with a backward: gradients of all but seq_idx_bl, each in its input's dtype."""
+    """`scan.ssd_scan` with a backward; each gradient is in its input's dtype."""
     inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Scan.apply(chunk_size, seq_idx_bl, *inputs)
@@ -52,6 +51,18 @@ def ssd_scan(
         initial_state_bhpn=initial_state_bhpn,
         seq_idx_bl=seq_idx_bl,
     )
+
+
+def once(backward):
+    """A `backward` that raises where its result is to be differentiated again, instead of being
+    taken for a constant."""
+
+    def refusing(ctx, *gradients):
+        if torch.is_grad_enabled():
+            raise RuntimeError("this operator has no second derivative: create_graph is not served")
+        return backward(ctx, *gradients)
+
+    return refusing
 
 
 class _Scan(torch.autograd.Function):
@@ -80,7 +91,7 @@ class _Scan(torch.autograd.Function):
         return y, states[-1].clone()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, dy, dstate):
         seq_idx_bl, x, dt, A, B, C, D, *states = ctx.saved_tensors
         back = _Back(ctx.size, seq_idx_bl, x, dt, A, B, C, D)
@@ -107,7 +118,8 @@ class _Back:
         self.dD = None if D is None else torch.zeros_like(self.dA)
 
     def walk(self, states, dy, dstate):
-        """states: before each segment, and the last. Gradients of x, dt, A, B, C, D, first state."""
+        """Gradients of x, dt, A, B, C, D and the first state; states: before each segment, and the
+        last."""
         x, _, A, _, _, D = self.inputs
         l, length = x.shape[1], self.size * SEGMENT
         b, h, p, n = dstate.shape
@@ -211,6 +223,6 @@ class _Back:
 def _group_products(x_isp: Tensor, state, b: int, g: int) -> Tensor:
     """sum over a group's heads of x_s state, (b, g, s, n)."""
     state_ipn, _ = state
-    (i, s, p), n = x_isp.shape, state_ipn.shape[-1]
+    (_, s, p), n = x_isp.shape, state_ipn.shape[-1]
     x_bgsk = x_isp.view(b, g, -1, s, p).transpose(2, 3).reshape(b * g, s, -1)
     return torch.bmm(x_bgsk, state_ipn.reshape(b * g, -1, n)).view(b, g, s, n)

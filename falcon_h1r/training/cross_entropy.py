@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..checks import as_integers
+from ..gradients import once
 from ..precision import compute_dtype
 
 PIECE = 2**24  # logits at a time, 64 MiB of float32
@@ -129,7 +129,7 @@ class _Loss(torch.autograd.Function):
         return (weights * dweights).sum()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, gradient):
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: a second backward; its gradients are gone")
@@ -151,7 +151,7 @@ class _Logprobs(torch.autograd.Function):
         return chosen, entropy
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, dchosen, dentropy):
         x, head, targets, entropy = ctx.saved_tensors
         needs_x, needs_head = ctx.needs_input_grad[:2]

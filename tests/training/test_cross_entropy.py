@@ -74,7 +74,7 @@ def test_low_precision_is_at_most_twice_as_far_off_as_whole_logits():
     wide = [t.detach().double().requires_grad_() for t in (x, head)]
     exact = F.cross_entropy(0.3 * wide[0] @ wide[1].T, targets, reduction="sum")
     plain = F.cross_entropy((0.3 * (x @ head.T).float()), targets, reduction="sum")
-    ours = linear_cross_entropy(x, head, targets, multiplier=0.3)
+    ours = linear_cross_entropy(x, head, targets, multiplier=0.3).detach()
     truth = torch.autograd.grad(exact, wide)
     for i, own in enumerate((x, head)):
         off = [
@@ -92,9 +92,8 @@ def test_a_second_backward_is_refused():
     with pytest.raises(RuntimeError, match="a second backward"):
         loss.backward()
     logprob, _ = linear_logprobs(x, head, targets)
-    first = torch.autograd.grad(logprob.sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(logprob.sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize(
