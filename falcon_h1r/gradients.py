@@ -8,10 +8,9 @@ gradient walks back along the sequence as the state walks forward, with B and C 
     dC_q      = sum_s W_qs B_s + exp(s_q) dy_q S_before      W_qs = (dy_q x_s) L_qs dt_s
     dB_s      = sum_q W_qs C_q + dt_s exp(s_end - s_s) x_s dS
 
-Every decay is exp of a difference of sums, so that its gradient is the value it made, times what
-that value got: ds_q = dy_q (y_q - D x_q) - dt_s (x_s dx'_s) with s = q, and at the end of the chunk
-also <dS, S>. A sum from the right turns ds into the gradient of dt A: dt gets A of it, A gets dt.
-dt gets x_s dx'_s besides. docs/gradients.md derives each line.
+Every decay is exp of a sum of dt A, so that its gradient is the value it made times what that value
+got: dt_t A gets this of all that was carried over the step into t (`_of_decays`). dt gets A times
+that and x_s dx'_s besides, A gets dt times that. docs/gradients.md derives each line.
 
 What survives the forward is its inputs and a state for every SEGMENT chunks; the states between are
 made again. The backward itself gives no gradients: a second backward raises.
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from . import scan
 from .precision import compute_dtype
-from .scan import LONGEST_CHUNK, chunk_output, decays, heads_in_sequence, next_state
+from .scan import LONGEST_CHUNK, decays, heads_in_sequence, next_state
 
 SEGMENT = 16  # chunks between two states that are kept
 
@@ -86,9 +85,9 @@ class _Scan(torch.autograd.Function):
             outputs.append(y)
             states.append(state)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-        ctx.save_for_backward(seq_idx_bl, x, dt, A, B, C, D, *states)
+        ctx.save_for_backward(seq_idx_bl, x, dt, A, B, C, D, *states[:-1])
         ctx.size = size
-        return y, states[-1].clone()
+        return y, state
 
     @staticmethod
     @once
@@ -118,20 +117,17 @@ class _Back:
         self.dD = None if D is None else torch.zeros_like(self.dA)
 
     def walk(self, states, dy, dstate):
-        """Gradients of x, dt, A, B, C, D and the first state; states: before each segment, and the
-        last."""
+        """Gradients of x, dt, A, B, C, D and the first state; states: before each segment."""
         x, _, A, _, _, D = self.inputs
         l, length = x.shape[1], self.size * SEGMENT
         b, h, p, n = dstate.shape
-        after = scan.first_state(states[-1], self.products, self.work)
         dstate = scan.first_state(dstate, self.products, self.work)
-        for k in reversed(range(len(states) - 1)):
+        for k in reversed(range(len(states))):
             end = min((k + 1) * length, l)
             starts = range(k * length, end, self.size)
             befores = self._states(states[k], starts, end)
             for start, before in zip(reversed(starts), reversed(befores)):
-                dstate = self._chunk(start, min(start + self.size, end), before, after, dy, dstate)
-                after = before
+                dstate = self._chunk(start, min(start + self.size, end), before, dy, dstate)
         dA = self.dA.sum(0).flatten().to(A.dtype)
         dD = None if D is None else self.dD.sum(0).flatten().to(D.dtype)
         dfirst = None if states[0] is None else dstate[0].view(b, h, p, n).to(states[0].dtype)
@@ -165,10 +161,10 @@ class _Back:
             return None
         return self.seq_idx_bl[:, chunk], self.seq_idx_bl[:, max(chunk.start - 1, 0), None]
 
-    def _chunk(self, start, end, before, after, dy, dstate):
+    def _chunk(self, start, end, before, dy, dstate):
         """Write the gradients of one chunk's inputs; returns that of the state before it.
 
-        before, after: the states, as `scan.first_state` gives them; dstate: of the one after.
+        before: the state, as `scan.first_state` gives it; dstate: the gradient of the one after.
         """
         chunk, (b, g, r) = slice(start, end), self.groups
         x_isp, dt, B, C, sums, left, end_left = self._prepare(start, end)
@@ -177,27 +173,30 @@ class _Back:
         B_msn, C_mqn = (t.flatten(0, 1).expand(m, -1, -1) for t in (B, C))
         left_iq1, end_left_is1 = (t[..., None].flatten(0, 2) for t in (left, end_left))
 
-        L = (sums[..., :, None] - sums[..., None, :]).to(self.work).clamp_(max=0).exp_()
-        seen = torch.ones(q, q, dtype=torch.bool, device=L.device).tril()
+        seen = torch.ones(q, q, dtype=torch.bool, device=dt.device).tril()
         if self.seq_idx_bl is not None:
             own = self.seq_idx_bl[:, chunk]
             seen = (seen & (own[:, :, None] == own[:, None, :]))[:, None, None]
+        L = (sums[..., :, None] - sums[..., None, :]).to(self.work).clamp_(max=0).exp_()
         L = L.where(seen, 0)
         CB = (C @ B.mT)[:, :, None]
 
-        dx_isp = chunk_output((L * CB).flatten(0, 2).mT, dy_iqp, B_msn, end_left_is1, dstate)
+        dx_isp = _read(B_msn, dstate, len(x_isp))
+        kept = (x_isp * dx_isp).sum(-1).view(b, g, r, q) * end_left
+        dx_isp.mul_(end_left_is1).baddbmm_((L * CB).flatten(0, 2).mT, dy_iqp)
         ddt = (x_isp * dx_isp).sum(-1).view(b, g, r, q)
         W = torch.bmm(dy_iqp, x_isp.mT).view(b, g, r, q, q).mul_(L).mul_(dt[..., None, :])
-        ds = (W * CB).sum(-1) - dt * ddt
+        inside = (W * CB).tril_(-1)
         W = W.sum(2)
         dC, dB = W @ B, W.mT @ C
         dB += _group_products(x_isp * (dt * end_left)[..., None].flatten(0, 2), dstate, b, g)
+        read, held = torch.zeros_like(dt), torch.zeros_like(dt[..., :1])
         if before is not None:
             dC_iqn = torch.bmm(dy_iqp * left_iq1, before[0]).view(b, g, r, q, -1)
-            ds += (dC_iqn * C[:, :, None]).sum(-1)
+            read = (dC_iqn * C[:, :, None]).sum(-1)
             dC += dC_iqn.sum(2)
-        ds[..., -1] += (dstate[0] * after[0]).sum((1, 2)).view(b, g, r)
-        ds = self._from_the_right(ds.double(), chunk)
+            held = (dstate[0] * before[0]).sum((1, 2)).view(b, g, r, 1) * left[..., -1:]
+        ds = self._of_decays(inside, dt * kept, read, held, chunk)
         self.dA += (dt * ds).sum(-1)
         self.ddt[:, chunk] = (ddt + self.A_gr1 * ds).permute(0, 3, 1, 2).flatten(2)
         dx_bhsp = dx_isp.view(b, g * r, q, -1) * dt.flatten(1, 2)[..., None]
@@ -209,15 +208,34 @@ class _Back:
         self.dB[:, chunk], self.dC[:, chunk] = dB.transpose(1, 2), dC.transpose(1, 2)
         return next_state(dstate, left_iq1[:, -1:], dy_iqp, left_iq1, C_mqn)
 
-    def _from_the_right(self, ds_bgrq: Tensor, chunk) -> Tensor:
-        """Sums over q and what follows it in its document: of the gradients of sums of dt A."""
+    def _of_decays(self, inside, kept, read, held, chunk) -> Tensor:
+        """The gradient of dt_t A: what was carried over the step into t, times its gradient.
+
+        inside (b, g, r, q, s): from s to q in the chunk; kept (b, g, r, s): from s to the end;
+        read (b, g, r, q): from the start to q; held (b, g, r, 1): from the start to the end. In
+        float64: what did not pass t is in both of two sums.
+        """
+        reads = inside.sum(-1, dtype=torch.float64) + read
+        ds = reads - inside.sum(-2, dtype=torch.float64)
+        kept = kept.double()
         if self.seq_idx_bl is None:
-            return ds_bgrq.flip(-1).cumsum(-1).flip(-1)
+            later = ds.flip(-1).cumsum(-1).flip(-1)
+            return later + (kept.cumsum(-1) - kept) + held
         own = self.seq_idx_bl[:, chunk]
-        q = own.shape[1]
-        later = torch.ones(q, q, dtype=torch.bool, device=own.device).tril()
-        later = (later & (own[:, :, None] == own[:, None, :]))[:, None, None]  # (b, 1, 1, q, t)
-        return torch.where(later, ds_bgrq[..., None], 0).sum(-2)
+        same, q = (own[:, :, None] == own[:, None, :])[:, None, None], own.shape[1]
+        below = torch.ones(q, q, dtype=torch.bool, device=own.device).tril()
+        later = torch.where(same & below, ds[..., None], 0).sum(-2)
+        earlier = torch.where(same & below.tril(-1), kept[..., None, :], 0).sum(-1)
+        return later + earlier + held
+
+
+def _read(C_mqn: Tensor, state, heads: int) -> Tensor:
+    """C state^T by heads, (i, q, p)."""
+    y_iqp = torch.bmm(C_mqn, state[1].mT)
+    if len(C_mqn) < heads:
+        m, q, _ = y_iqp.shape
+        y_iqp = y_iqp.view(m, q, heads // m, -1).transpose(1, 2).reshape(heads, q, -1)
+    return y_iqp
 
 
 def _group_products(x_isp: Tensor, state, b: int, g: int) -> Tensor:
