@@ -18,6 +18,8 @@ made again. The backward itself gives no gradients: a second backward raises.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -102,8 +104,30 @@ class _Scan(torch.autograd.Function):
         )
 
 
+class _Chunk(NamedTuple):
+    """What the forward of a chunk takes, made again. Axes as in `scan.py`."""
+
+    place: slice  # in the sequence
+    x_isp: Tensor
+    dt_bgrs: Tensor
+    B_bgsn: Tensor
+    C_bgqn: Tensor
+    sums_bgrq: Tensor
+    left_bgrq: Tensor  # of the state before the chunk, at q
+    end_left_bgrs: Tensor  # of s, at the chunk's end
+    same_bqs: Tensor | None  # whether q and s are of one document; None: all are
+
+    def after(self, state, products: int):
+        """The state behind the chunk; `state` is left alone."""
+        if state is not None:
+            state = scan.first_state(state[0][None], products, self.x_isp.dtype)
+        left_iq1, B_msn = _by_heads(self.left_bgrq), _for_products(self.B_bgsn, products)
+        inputs_is1 = _by_heads(self.dt_bgrs * self.end_left_bgrs)
+        return next_state(state, left_iq1[:, -1:], self.x_isp, inputs_is1, B_msn)
+
+
 class _Back:
-    """One walk back over the chunks of a scan. Axes as in `scan.py`."""
+    """One walk back over the chunks of a scan."""
 
     def __init__(self, size, seq_idx_bl, x, dt, A, B, C, D):
         self.size, self.seq_idx_bl, self.work = size, seq_idx_bl, compute_dtype(x)
@@ -125,108 +149,90 @@ class _Back:
         for k in reversed(range(len(states))):
             end = min((k + 1) * length, l)
             starts = range(k * length, end, self.size)
-            befores = self._states(states[k], starts, end)
-            for start, before in zip(reversed(starts), reversed(befores)):
-                dstate = self._chunk(start, min(start + self.size, end), before, dy, dstate)
+            chunks = [self._chunk(slice(start, min(start + self.size, end))) for start in starts]
+            befores = [scan.first_state(states[k], self.products, self.work)]
+            for chunk in chunks[:-1]:
+                befores.append(chunk.after(befores[-1], self.products))
+            while chunks:
+                dstate = self._back(chunks.pop(), befores.pop(), dy, dstate)
         dA = self.dA.sum(0).flatten().to(A.dtype)
         dD = None if D is None else self.dD.sum(0).flatten().to(D.dtype)
         dfirst = None if states[0] is None else dstate[0].view(b, h, p, n).to(states[0].dtype)
         return self.dx, self.ddt, dA, self.dB, self.dC, dD, dfirst
 
-    def _states(self, first, starts, end):
-        """The state before each chunk of a segment, from the one before the segment."""
-        state = scan.first_state(first, self.products, self.work)
-        states = [state]
-        for start in starts[:-1]:
-            x_isp, dt, B, _, _, left, end_left = self._prepare(start, min(start + self.size, end))
-            if state is not None:  # a copy, since the step writes in place
-                state = scan.first_state(state[0][None], self.products, self.work)
-            inputs_is1 = (dt * end_left)[..., None].flatten(0, 2)
-            left_iq1 = left[..., None].flatten(0, 2)
-            B_msn = B.flatten(0, 1).expand(self.products, -1, -1)
-            state = next_state(state, left_iq1[:, -1:], x_isp, inputs_is1, B_msn)
-            states.append(state)
-        return states
+    def _chunk(self, place: slice) -> _Chunk:
+        x, dt, _, B, C, _ = (
+            None if t is None or t.dim() == 1 else t[:, place] for t in self.inputs
+        )
+        _, g, r = self.groups
+        x_isp = heads_in_sequence(x.transpose(1, 2), self.work)
+        dt_bgrs = dt.to(self.work).unflatten(2, (g, r)).permute(0, 2, 3, 1).contiguous()
+        B_bgsn, C_bgqn = (t.to(self.work).transpose(1, 2) for t in (B, C))
+        documents = same_bqs = None
+        if self.seq_idx_bl is not None:
+            own, before = self.seq_idx_bl[:, place], self.seq_idx_bl[:, max(place.start - 1, 0)]
+            documents, same_bqs = (own, before[:, None]), own[:, :, None] == own[:, None, :]
+        made = decays(dt_bgrs, self.A_gr1, documents)
+        return _Chunk(place, x_isp, dt_bgrs, B_bgsn, C_bgqn, *made, same_bqs)
 
-    def _prepare(self, start, end):
-        x, dt, _, B, C, _ = self.inputs
-        chunk, (_, g, r) = slice(start, end), self.groups
-        x_isp = heads_in_sequence(x[:, chunk].transpose(1, 2), self.work)
-        dt_bgrs = dt[:, chunk].to(self.work).unflatten(2, (g, r)).permute(0, 2, 3, 1)
-        B_bgsn, C_bgqn = (t[:, chunk].to(self.work).transpose(1, 2) for t in (B, C))
-        return x_isp, dt_bgrs, B_bgsn, C_bgqn, *decays(dt_bgrs, self.A_gr1, self._documents(chunk))
-
-    def _documents(self, chunk):
-        if self.seq_idx_bl is None:
-            return None
-        return self.seq_idx_bl[:, chunk], self.seq_idx_bl[:, max(chunk.start - 1, 0), None]
-
-    def _chunk(self, start, end, before, dy, dstate):
+    def _back(self, chunk: _Chunk, before, dy, dstate):
         """Write the gradients of one chunk's inputs; returns that of the state before it.
 
         before: the state, as `scan.first_state` gives it; dstate: the gradient of the one after.
         """
-        chunk, (b, g, r) = slice(start, end), self.groups
-        x_isp, dt, B, C, sums, left, end_left = self._prepare(start, end)
-        dy_iqp = heads_in_sequence(dy[:, chunk].transpose(1, 2), self.work)
-        q, m = dy_iqp.shape[1], self.products
-        B_msn, C_mqn = (t.flatten(0, 1).expand(m, -1, -1) for t in (B, C))
-        left_iq1, end_left_is1 = (t[..., None].flatten(0, 2) for t in (left, end_left))
+        place, x_isp, dt, B, C, sums, left, end_left, same_bqs = chunk
+        (b, g, r), m = self.groups, self.products
+        dy_iqp = heads_in_sequence(dy[:, place].transpose(1, 2), self.work)
+        q, left_iq1 = dy_iqp.shape[1], _by_heads(left)
 
-        seen = torch.ones(q, q, dtype=torch.bool, device=dt.device).tril()
-        if self.seq_idx_bl is not None:
-            own = self.seq_idx_bl[:, chunk]
-            seen = (seen & (own[:, :, None] == own[:, None, :]))[:, None, None]
-        L = (sums[..., :, None] - sums[..., None, :]).to(self.work).clamp_(max=0).exp_()
-        L = L.where(seen, 0)
+        L = (sums[..., :, None] - sums[..., None, :]).to(self.work).clamp_(max=0).exp_().tril_()
+        if same_bqs is not None:
+            L.masked_fill_(~same_bqs[:, None, None], 0)
         CB = (C @ B.mT)[:, :, None]
 
-        dx_isp = _read(B_msn, dstate, len(x_isp))
+        dx_isp = _read(_for_products(B, m), dstate, len(x_isp))
         kept = (x_isp * dx_isp).sum(-1).view(b, g, r, q) * end_left
-        dx_isp.mul_(end_left_is1).baddbmm_((L * CB).flatten(0, 2).mT, dy_iqp)
+        dx_isp.mul_(_by_heads(end_left)).baddbmm_((L * CB).flatten(0, 2).mT, dy_iqp)
         ddt = (x_isp * dx_isp).sum(-1).view(b, g, r, q)
         W = torch.bmm(dy_iqp, x_isp.mT).view(b, g, r, q, q).mul_(L).mul_(dt[..., None, :])
         inside = (W * CB).tril_(-1)
         W = W.sum(2)
         dC, dB = W @ B, W.mT @ C
-        dB += _group_products(x_isp * (dt * end_left)[..., None].flatten(0, 2), dstate, b, g)
+        dB += self._written(place, dt * end_left, dstate)
         read, held = torch.zeros_like(dt), torch.zeros_like(dt[..., :1])
         if before is not None:
             dC_iqn = torch.bmm(dy_iqp * left_iq1, before[0]).view(b, g, r, q, -1)
             read = (dC_iqn * C[:, :, None]).sum(-1)
             dC += dC_iqn.sum(2)
             held = (dstate[0] * before[0]).sum((1, 2)).view(b, g, r, 1) * left[..., -1:]
-        ds = self._of_decays(inside, dt * kept, read, held, chunk)
+        ds = _of_decays(inside, dt * kept, read, held, same_bqs)
         self.dA += (dt * ds).sum(-1)
-        self.ddt[:, chunk] = (ddt + self.A_gr1 * ds).permute(0, 3, 1, 2).flatten(2)
-        dx_bhsp = dx_isp.view(b, g * r, q, -1) * dt.flatten(1, 2)[..., None]
+        self.ddt[:, place] = (ddt + self.A_gr1 * ds).permute(0, 3, 1, 2).flatten(2)
+        dx_bhsp = dx_isp.mul_(_by_heads(dt)).view(b, g * r, q, -1)
         if (D := self.inputs[5]) is not None:
-            dy_bhqp = dy_iqp.view(dx_bhsp.shape)
-            dx_bhsp += D.to(self.work)[:, None, None] * dy_bhqp
+            dx_bhsp.addcmul_(D.to(self.work)[:, None, None], dy_iqp.view(dx_bhsp.shape))
             self.dD += (dy_iqp * x_isp).sum((1, 2), dtype=torch.float64).view(b, g, r)
-        self.dx[:, chunk] = dx_bhsp.transpose(1, 2)
-        self.dB[:, chunk], self.dC[:, chunk] = dB.transpose(1, 2), dC.transpose(1, 2)
-        return next_state(dstate, left_iq1[:, -1:], dy_iqp, left_iq1, C_mqn)
+        self.dx[:, place] = dx_bhsp.transpose(1, 2)
+        self.dB[:, place], self.dC[:, place] = dB.transpose(1, 2), dC.transpose(1, 2)
+        return next_state(dstate, left_iq1[:, -1:], dy_iqp, left_iq1, _for_products(C, m))
 
-    def _of_decays(self, inside, kept, read, held, chunk) -> Tensor:
-        """The gradient of dt_t A: what was carried over the step into t, times its gradient.
+    def _written(self, place: slice, inputs_bgrs: Tensor, dstate) -> Tensor:
+        """What B gets for what x and B wrote to the state, (b, g, s, n): a product for a group."""
+        (b, g, r), n = self.groups, dstate[0].shape[-1]
+        x_bsgrp = self.inputs[0][:, place].unflatten(2, (g, r))
+        x_bsgrp = x_bsgrp * inputs_bgrs.permute(0, 3, 1, 2)[..., None]
+        x_bgsk = x_bsgrp.flatten(3).transpose(1, 2)
+        return x_bgsk @ dstate[0].view(b, g, -1, n)
 
-        inside (b, g, r, q, s): from s to q in the chunk; kept (b, g, r, s): from s to the end;
-        read (b, g, r, q): from the start to q; held (b, g, r, 1): from the start to the end. In
-        float64: what did not pass t is in both of two sums.
-        """
-        reads = inside.sum(-1, dtype=torch.float64) + read
-        ds = reads - inside.sum(-2, dtype=torch.float64)
-        kept = kept.double()
-        if self.seq_idx_bl is None:
-            later = ds.flip(-1).cumsum(-1).flip(-1)
-            return later + (kept.cumsum(-1) - kept) + held
-        own = self.seq_idx_bl[:, chunk]
-        same, q = (own[:, :, None] == own[:, None, :])[:, None, None], own.shape[1]
-        below = torch.ones(q, q, dtype=torch.bool, device=own.device).tril()
-        later = torch.where(same & below, ds[..., None], 0).sum(-2)
-        earlier = torch.where(same & below.tril(-1), kept[..., None, :], 0).sum(-1)
-        return later + earlier + held
+
+def _by_heads(t_bgrs: Tensor) -> Tensor:
+    """(i, s, 1)"""
+    return t_bgrs[..., None].flatten(0, 2)
+
+
+def _for_products(B_bgsn: Tensor, products: int) -> Tensor:
+    """(m, s, n)"""
+    return B_bgsn.flatten(0, 1).expand(products, -1, -1)
 
 
 def _read(C_mqn: Tensor, state, heads: int) -> Tensor:
@@ -238,9 +244,18 @@ def _read(C_mqn: Tensor, state, heads: int) -> Tensor:
     return y_iqp
 
 
-def _group_products(x_isp: Tensor, state, b: int, g: int) -> Tensor:
-    """sum over a group's heads of x_s state, (b, g, s, n)."""
-    state_ipn, _ = state
-    (_, s, p), n = x_isp.shape, state_ipn.shape[-1]
-    x_bgsk = x_isp.view(b, g, -1, s, p).transpose(2, 3).reshape(b * g, s, -1)
-    return torch.bmm(x_bgsk, state_ipn.reshape(b * g, -1, n)).view(b, g, s, n)
+def _of_decays(inside, kept, read, held, same_bqs) -> Tensor:
+    """The gradient of dt_t A: what was carried over the step into t, times its gradient.
+
+    inside (b, g, r, q, s): from s to q in the chunk; kept (b, g, r, s): from s to the end; read
+    (b, g, r, q): from the start to q; held (b, g, r, 1): from the start to the end. In float64:
+    what was not carried over the step is in both of two sums.
+    """
+    ds = inside.sum(-1, dtype=torch.float64) + read - inside.sum(-2, dtype=torch.float64)
+    kept = kept.double()
+    if same_bqs is None:
+        return ds.flip(-1).cumsum(-1).flip(-1) + (kept.cumsum(-1) - kept) + held
+    below_bqt = same_bqs.tril()[:, None, None]
+    later = torch.where(below_bqt, ds[..., None], 0).sum(-2)
+    earlier = torch.where(below_bqt.tril(-1), kept[..., None, :], 0).sum(-1)
+    return later + earlier + held
