@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from . import scan
-from .precision import compute_dtype
-from .scan import LONGEST_CHUNK, decays, heads_in_sequence, next_state
+from .precision import autocasts, compute_dtype, without_autocast
+from .scan import LONGEST_CHUNK, decays, finite, heads_in_sequence, next_state, read_state
+from .ssd import ssd_recurrent
 
 SEGMENT = 16  # chunks between two states that are kept
 
@@ -43,15 +44,15 @@ def ssd_scan(
     seq_idx_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`scan.ssd_scan` with a backward; each gradient is in its input's dtype."""
+    if autocasts(x_blhp):
+        return without_autocast(ssd_scan, **locals())
     inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Scan.apply(chunk_size, seq_idx_bl, *inputs)
-    return scan.ssd_scan(
-        *inputs[:6],
-        chunk_size=chunk_size,
-        initial_state_bhpn=initial_state_bhpn,
-        seq_idx_bl=seq_idx_bl,
-    )
+    options = {"initial_state_bhpn": initial_state_bhpn, "seq_idx_bl": seq_idx_bl}
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
+        return scan.ssd_scan(*inputs[:6], chunk_size=chunk_size, **options)
+    if seq_idx_bl is not None and not finite(inputs):
+        return ssd_recurrent(*inputs[:6], **options)
+    return _Scan.apply(chunk_size, seq_idx_bl, *inputs)
 
 
 def once(backward):
@@ -61,7 +62,8 @@ def once(backward):
     def refusing(ctx, *gradients):
         if torch.is_grad_enabled():
             raise RuntimeError("this operator has no second derivative: create_graph is not served")
-        return backward(ctx, *gradients)
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return backward(ctx, *gradients)
 
     return refusing
 
@@ -190,7 +192,7 @@ class _Back:
             L.masked_fill_(~same_bqs[:, None, None], 0)
         CB = (C @ B.mT)[:, :, None]
 
-        dx_isp = _read(_for_products(B, m), dstate, len(x_isp))
+        dx_isp = read_state(_for_products(B, m), dstate)
         kept = (x_isp * dx_isp).sum(-1).view(b, g, r, q) * end_left
         dx_isp.mul_(_by_heads(end_left)).baddbmm_((L * CB).flatten(0, 2).mT, dy_iqp)
         ddt = (x_isp * dx_isp).sum(-1).view(b, g, r, q)
@@ -233,15 +235,6 @@ def _by_heads(t_bgrs: Tensor) -> Tensor:
 def _for_products(B_bgsn: Tensor, products: int) -> Tensor:
     """(m, s, n)"""
     return B_bgsn.flatten(0, 1).expand(products, -1, -1)
-
-
-def _read(C_mqn: Tensor, state, heads: int) -> Tensor:
-    """C state^T by heads, (i, q, p)."""
-    y_iqp = torch.bmm(C_mqn, state[1].mT)
-    if len(C_mqn) < heads:
-        m, q, _ = y_iqp.shape
-        y_iqp = y_iqp.view(m, q, heads // m, -1).transpose(1, 2).reshape(heads, q, -1)
-    return y_iqp
 
 
 def _of_decays(inside, kept, read, held, same_bqs) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import attention, conv, mlp, norm, rope, scan, ssd
+from . import attention, conv, gradients, mlp, norm, rope, ssd
 from .cpu import inductor, step
 from .table_names import NAMES
 
@@ -61,7 +61,7 @@ TORCH = Ops(
     rope=rope.rope_reference,
     causal_conv1d=conv.causal_conv1d,
     causal_conv1d_step=conv.causal_conv1d_step,
-    ssd_scan=scan.ssd_scan,
+    ssd_scan=gradients.ssd_scan,
     ssd_step=step.ssd_step,
     attention=attention.attention,
     decode_attention=attention.decode_attention,

@@ -7,9 +7,10 @@ For each chunk the scan takes four steps, one function each:
     3. `chunk_output`   y = M x + decay * (C state^T)
     4. `next_state`     state = decay * state + (x dt decay)^T B
 
-C B^T is formed once per group, and B and C are not copied to the heads. Without gradients y is
-written in place and the state keeps its memory. Arguments and axes are those of `ssd.py`, and two
-for batches of products: i the heads of all rows, m the products with the state (`state_products`).
+C B^T is formed once per group, and B and C are not copied to the heads. y is written in place, and
+the state keeps its memory; the backward stands in `gradients.py`. Arguments and axes are those of
+`ssd.py`, and two for batches of products: i the heads of all rows, m the products with the state
+(`state_products`).
 """
 
 import torch
@@ -30,8 +31,9 @@ def ssd_scan(
     if autocasts(x_blhp):
         return without_autocast(ssd_scan, **locals())
     inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
-    # A product over a chunk would carry NaN from one document into its neighbours: 0 * NaN is NaN.
-    if seq_idx_bl is not None and not all(t.isfinite().all() for t in inputs[:5]):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        raise ValueError("scan.ssd_scan is a forward alone: gradients.ssd_scan has a backward")
+    if seq_idx_bl is not None and not finite(inputs):
         options = {"initial_state_bhpn": initial_state_bhpn, "seq_idx_bl": seq_idx_bl}
         return ssd_recurrent(*inputs[:6], **options)
     b, l, h, p, g, n = check_shapes(*inputs)
@@ -40,8 +42,7 @@ def ssd_scan(
     A_gr1 = A_h.to(work).view(g, -1, 1)
     D_gr1 = None if D_h is None else D_h.to(work).view(g, -1, 1)
     state = first_state(initial_state_bhpn, m, work)
-    graded, outputs = torch.is_grad_enabled(), []
-    y_blhp = None if graded else torch.empty_like(x_blhp, memory_format=torch.contiguous_format)
+    y_blhp = torch.empty_like(x_blhp, memory_format=torch.contiguous_format)
     chunks = zip(
         x_blhp.transpose(1, 2).split(size, 2),
         rearrange(dt_blh, "b l (g r) -> b g r l", g=g).split(size, -1),
@@ -62,12 +63,14 @@ def ssd_scan(
         y_iqp = chunk_output(M_bgrqs.flatten(0, 2), x_isp, C_mqn, left_iq1, state)
         inputs_is1 = (dt_bgrs * end_left)[..., None].flatten(0, 2)
         state = next_state(state, left_iq1[:, -1:], x_isp, inputs_is1, B_msn)
-        y_bqhp = y_iqp.view(b, h, -1, p).transpose(1, 2)
-        if graded:
-            outputs.append(y_bqhp.to(x_blhp.dtype))
-        else:
-            y_blhp[:, start : start + size] = y_bqhp
-    return torch.cat(outputs, dim=1) if graded else y_blhp, state[0].view(b, h, p, n)
+        y_blhp[:, start : start + size] = y_iqp.view(b, h, -1, p).transpose(1, 2)
+    return y_blhp, state[0].view(b, h, p, n)
+
+
+def finite(inputs) -> bool:
+    """Whether x, dt, A, B and C are: a product over a chunk would carry NaN from one document into
+    its neighbours, since 0 * NaN is NaN."""
+    return all(t.isfinite().all() for t in inputs[:5])
 
 
 def decays(dt_bgrs: Tensor, A_gr1: Tensor, documents=None) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,10 +90,7 @@ def decays(dt_bgrs: Tensor, A_gr1: Tensor, documents=None) -> tuple[Tensor, Tens
 
 
 def mixing_matrix(C_bgqn, B_bgsn, sum_bgrq, dt_bgrs, D_gr1, documents=None) -> Tensor:
-    """M (b, g, r, q, s) = (C B^T) o L o dt, 0 where s > q, D on the diagonal.
-
-    In-place operators touch fresh tensors only, of which autograd keeps nothing.
-    """
+    """M (b, g, r, q, s) = (C B^T) o L o dt, 0 where s > q, D on the diagonal."""
     CB_bgqs = (C_bgqn @ B_bgsn.mT).tril()
     if documents is not None:
         own, _ = documents
@@ -107,16 +107,21 @@ def chunk_output(M_iqs: Tensor, x_isp: Tensor, C_mqn: Tensor, left_iq1: Tensor, 
     """y (i, q, p): what stays in the chunk, and what the state brings in."""
     if state is None:
         return torch.bmm(M_iqs, x_isp)
-    _, state_mkn = state
-    i, length, p = x_isp.shape
-    y_iqp = torch.bmm(C_mqn, state_mkn.mT)
-    if len(C_mqn) < i:  # (m, q, r p) so far
-        y_iqp = y_iqp.view(len(C_mqn), length, -1, p).transpose(1, 2).reshape(i, length, p)
-    return y_iqp.mul_(left_iq1).baddbmm_(M_iqs, x_isp)
+    return read_state(C_mqn, state).mul_(left_iq1).baddbmm_(M_iqs, x_isp)
+
+
+def read_state(C_mqn: Tensor, state) -> Tensor:
+    """C state^T by heads, (i, q, p)."""
+    state_ipn, state_mkn = state
+    (i, p, _), (m, q, _) = state_ipn.shape, C_mqn.shape
+    y_mqk = torch.bmm(C_mqn, state_mkn.mT)  # of all heads of a product side by side
+    if m == i:
+        return y_mqk
+    return y_mqk.view(m, q, -1, p).transpose(1, 2).reshape(i, q, p)
 
 
 def next_state(state, left_i11: Tensor, x_isp: Tensor, inputs_is1: Tensor, B_msn: Tensor):
-    """The state at the chunk's end, in its own memory unless gradients will need the old one.
+    """The state at the chunk's end, in the memory of the old one.
 
     inputs_is1: dt_s times what is left of s at the end.
     """
@@ -126,11 +131,7 @@ def next_state(state, left_i11: Tensor, x_isp: Tensor, inputs_is1: Tensor, B_msn
         state_ipn = torch.bmm(inputs_mks, B_msn).view(len(x_isp), -1, n)
         return state_ipn, state_ipn.view(m, -1, n)
     state_ipn, state_mkn = state
-    if torch.is_grad_enabled():
-        state_ipn = state_ipn * left_i11
-        state_mkn = state_ipn.view(m, -1, n)
-    else:
-        state_ipn.mul_(left_i11)
+    state_ipn.mul_(left_i11)
     state_mkn.baddbmm_(inputs_mks, B_msn)
     return state_ipn, state_mkn
 
