@@ -118,10 +118,11 @@ class CausalConv1d(nn.Conv1d):
         c, bias = config.conv_dim, config.mamba_conv_bias
         super().__init__(c, c, config.mamba_d_conv, groups=c, bias=bias)
 
-    def forward(self, x: Tensor, window_bvc: Tensor | None, ops, step: bool = False, **options):
-        """A step: (b, c) -> (b, c). Else (b, l, c) -> (b, l, c) and the final window."""
+    def forward(self, x: Tensor, window_bvc=None, ops=None, step: bool = False, **options):
+        """A step: (b, c) -> (b, c). Else (b, l, c) -> (b, l, c) and the final window. No ops: nn.Conv1d."""
+        if ops is None:
+            return super().forward(x)
         weight_cw = self.weight[:, 0]
         if step:
             return ops.causal_conv1d_step(x, window_bvc, weight_cw, self.bias)
-        options["initial_window_bvc"] = window_bvc
-        return ops.causal_conv1d(x, weight_cw, self.bias, **options)
+        return ops.causal_conv1d(x, weight_cw, self.bias, initial_window_bvc=window_bvc, **options)
