@@ -119,7 +119,7 @@ class CausalConv1d(nn.Conv1d):
         super().__init__(c, c, config.mamba_d_conv, groups=c, bias=bias)
 
     def forward(self, x: Tensor, window_bvc=None, ops=None, step: bool = False, **options):
-        """A step: (b, c) -> (b, c). Else (b, l, c) -> (b, l, c) and the final window. No ops: nn.Conv1d."""
+        """(b, l, c) -> (b, l, c), final window; step: (b, c) -> (b, c). No ops: as nn.Conv1d."""
         if ops is None:
             return super().forward(x)
         weight_cw = self.weight[:, 0]
