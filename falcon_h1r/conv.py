@@ -112,17 +112,17 @@ def final_window(history_blc, w: int, lengths_b, seq_idx_history):
 
 
 class CausalConv1d(nn.Conv1d):
-    """`mamba.conv1d` of the checkpoint; the operators of a table with its weights."""
+    """`mamba.conv1d` of the checkpoint; calls the mixer's operators with its weights."""
 
-    def __init__(self, config, ops):
+    def __init__(self, config):
         c, bias = config.conv_dim, config.mamba_conv_bias
         super().__init__(c, c, config.mamba_d_conv, groups=c, bias=bias)
-        self.ops = ops
 
-    def forward(self, x: Tensor, window_bvc: Tensor | None, step: bool = False, **options):
-        """A step: (b, c) -> (b, c). Else (b, l, c) -> (b, l, c) and the final window."""
+    def forward(self, x: Tensor, window_bvc=None, ops=None, step: bool = False, **options):
+        """(b, l, c) -> (b, l, c), final window; step: (b, c) -> (b, c). No ops: as nn.Conv1d."""
+        if ops is None:
+            return super().forward(x)
         weight_cw = self.weight[:, 0]
         if step:
-            return self.ops.causal_conv1d_step(x, window_bvc, weight_cw, self.bias)
-        options["initial_window_bvc"] = window_bvc
-        return self.ops.causal_conv1d(x, weight_cw, self.bias, **options)
+            return ops.causal_conv1d_step(x, window_bvc, weight_cw, self.bias)
+        return ops.causal_conv1d(x, weight_cw, self.bias, initial_window_bvc=window_bvc, **options)

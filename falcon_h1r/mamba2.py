@@ -25,7 +25,7 @@ class Mamba2Mixer(nn.Module):
         self.groups = config.mamba_n_groups, config.mamba_d_state
         self.widths = [config.d_ssm, math.prod(self.groups), math.prod(self.groups)]  # of x, B, C
         self.in_proj = nn.Linear(d, config.d_in_proj, bias=config.mamba_proj_bias)
-        self.conv1d = CausalConv1d(config, ops)
+        self.conv1d = CausalConv1d(config)
         self.A_log = nn.Parameter(torch.zeros(h))
         self.D = nn.Parameter(torch.ones(h))
         self.dt_bias = nn.Parameter(torch.zeros(h))
@@ -68,13 +68,13 @@ class Mamba2Mixer(nn.Module):
         if not isinstance(self.conv1d, CausalConv1d):
             raise ValueError(f"mamba.conv1d: {type(self.conv1d).__name__}, expected CausalConv1d")
         if span.is_step:
-            xBC = self.conv1d(xBC[:, 0], layer.window_bvc, step=True)
+            xBC = self.conv1d(xBC[:, 0], layer.window_bvc, ops, step=True)
             x, B, C = self._heads(xBC)
             y = ops.ssd_step(layer.state_bhpn, x, dt[:, 0], A, B, C, self.D).flatten(-2)[:, None]
         else:
             window, state = (None, None) if layer is None else (layer.window_bvc, layer.state_bhpn)
             options = {"lengths_b": span.lengths_b, "seq_idx_bl": span.seq_idx_bl}
-            xBC, window = self.conv1d(xBC, window, **options)
+            xBC, window = self.conv1d(xBC, window, ops, **options)
             x, B, C = self._heads(xBC)
             options = {"chunk_size": c.mamba_chunk_size, "seq_idx_bl": span.seq_idx_bl}
             y, state = ops.ssd_scan(x, dt, A, B, C, self.D, initial_state_bhpn=state, **options)

@@ -87,12 +87,27 @@ class DirectOperator(CustomOpDef):
 
     def __call__(self, *args):
         if not _is_plain(args):
+            if not torch.compiler.is_compiling():
+                check_reach(self._name, args)
             return super().__call__(*args)
+        check_reach(self._name, args)
         out = self.launch(*args)
         for index in self.mutated:
             if not args[index].is_inference():
                 torch.autograd.graph.increment_version(args[index])
         return out
+
+
+def check_reach(operator: str, args: Sequence) -> None:
+    """Raise ValueError where an offset along a tensor's last axis does not fit into int32."""
+    for value in args:
+        if isinstance(value, Tensor) and value.ndim and value.stride(-1) > 1:
+            reach = value.shape[-1] * value.stride(-1)
+            if reach >= 2**31:
+                raise ValueError(
+                    f"{operator}: {value.shape[-1]} elements at a stride of {value.stride(-1)}; "
+                    f"the kernels need channels x stride < 2^31: make the tensor contiguous"
+                )
 
 
 def _is_plain(args: Sequence) -> bool:
