@@ -54,7 +54,7 @@ def _differ(a: str, b: str) -> bool:
     A list in brackets is ordered, and one without is not; a letter is not its capital.
     """
     lists = ["," in form and form[0] in "([" for form in (a, b)]
-    sets = ["," in form and form[0] not in "([" for form in (a, b)]
+    sets = ["," in re.sub(r"[(\[][^()\[\]]*[)\]]", "", form) for form in (a, b)]
     if (lists[0] and sets[1]) or (lists[1] and sets[0]):
         return True
     first, second = (set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", f))) for f in (a, b))

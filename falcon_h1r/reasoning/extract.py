@@ -18,16 +18,16 @@ _BOX_OF_ONE = re.compile(
 _BOX_ALONE = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 # Letters that belong to a word: `x2` and `1st` hold no number, `是12。` and `12个` do.
-_LETTER = r"A-Za-z_\u00c0-\u04ff"
+_LETTER = r"A-Za-z_\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u04ff"
 _UNIT = r"(?:[A-Za-z\u00b5\u03bc\u00b0]{2,}|[mgslhtLKVWNJCF\u00b0])(?![A-Za-z0-9_])"
 _ORDINAL = r"(?:st|nd|rd|th)(?![A-Za-z])"
 _NUMBER = re.compile(
-    rf"(?<![{_LETTER}\d.])(?<!\d[,/])[-+\u2212\u2013\uff0d]?"
+    rf"(?<![{_LETTER}\d.])(?<!\d/)[-+\u2212\u2013\uff0d]?"
     r"(?:[1-9]\d{0,2}(?:[ \u00a0\u2009\u202f]\d{3})+(?:[.,]\d+)?(?!\d)"
     r"|\d{1,3}(?:\.\d{3})+,\d+"
     r"|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:[eE][-+\u2212]?\d+)?(?:/\d+)?"
-    rf"(?![\d/])(?!{_ORDINAL})(?=[^{_LETTER}\d]|$|{_UNIT})"
+    rf"(?![\d/]|\.\d|,\d{{3}}(?!\d))(?!{_ORDINAL})(?=[^{_LETTER}\d]|$|{_UNIT})"
 )
 # Signs and digits of the full width of a Chinese character, one for one.
 _WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}

@@ -21,6 +21,7 @@ _SIGNS = {0x2212: "-", 0xFE63: "-", 0x2013: "-", 0x3000: " ", 0x3002: ".", 0x03C
 _SIGNS |= {0x00D7: r"\times ", 0x22C5: r"\cdot ", 0x00B7: r"\cdot ", 0x2264: r"\le "}
 _SIGNS |= {0x2265: r"\ge ", 0x221E: r"\infty ", 0x00B2: "^2", 0x00B3: "^3", 0x00BD: r"\frac{1}{2}"}
 _SIGNS |= {0x00BC: r"\frac{1}{4}", 0x00BE: r"\frac{3}{4}"}
+_SIGNS |= {0x03B8: r"\theta ", 0x03B1: r"\alpha ", 0x03B2: r"\beta ", 0x03BB: r"\lambda "}
 _SIGNS |= {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
 _ARGUMENT = r"(?:\{([^{}]*)\}|\s*([0-9a-zA-Z]))"
 _FRACTION = re.compile(r"([-+]?)\\frac\{([-+]?\d+)\}\{([-+]?\d+)\}")
@@ -35,7 +36,7 @@ _REPEATING = re.compile(
 _POWER_OF_TEN = re.compile(
     r"([-+]?\d+(?:\.\d+)?) ?(?:\\times|\\cdot|\*) ?10\^(?:\{([-+]?\d+)\}|(\d))"
 )
-_MEASURE = re.compile(r"([-+]?[\d.,/ ]*\d) ?([A-Za-z\u00b5\u03bc\u00b0].*)")
+_MEASURE = re.compile(r"([-+]?[\d.,:/ ]*\d) ?([A-Za-z\u00b5\u03bc\u00b0].*)")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")
 _ANY_CASE = {"yes", "no", "true", "false", "none"}
 _UNITS = frozenset(
@@ -100,7 +101,7 @@ def _normalised(answer: str) -> str:
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
     text = re.sub(r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1", text)
     text = re.sub(rf"\\frac\s*{_ARGUMENT}\s*{_ARGUMENT}", _fraction, text)
-    text = re.sub(r"\\sqrt\s*([0-9a-zA-Z])(?!\])", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt(\[\d+\])?\s*([0-9a-zA-Z])(?!\])", r"\\sqrt\1{\2}", text)
     text = re.sub(r"\u221a\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}", text)
     text = re.sub(r"([\^_])\{([0-9a-zA-Z])\}", r"\1\2", text)
     text = re.sub(r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])", "°", text)
@@ -110,6 +111,7 @@ def _normalised(answer: str) -> str:
     if re.fullmatch(r"\{[^{},]*\}", text):
         text = text[1:-1].strip()
     text = re.sub(r"(?<=\d) ?°$", "", text)
+    text = re.sub(r"^0(?=\d:\d\d)", "", text)
     if (number := _as_number(text)) is not None:
         return str(number)
     match = _MEASURE.fullmatch(text)

@@ -64,6 +64,10 @@ SAME = [
     ("5cm", "5.0 cm"),
     ("1,000 kg", "1000kg"),
     ("10 AM", "10 a.m."),
+    ("10:30 AM", "10:30 am"),
+    ("09:30", "9:30"),
+    ("θ", r"\theta"),
+    (r"\sqrt[3]8", r"\sqrt[3]{8}"),
     ("50%", r"50\%"),
     ("a≤b", r"a\leq b"),
 ]
@@ -122,6 +126,26 @@ def test_a_class_holds_what_equals_its_representative(answers):
     found = dict(zip(answers, group(answers, BOTH)))
     assert found["(1,2)"] != found["(2,1)"]
     assert len(set(group(["x=1", "y=1"], BOTH))) == 2
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        (r"x \in (1,2)", "(1,2)", True),
+        (r"\{1,2\}", r"\{2,1\}", True),
+        ("1,2", r"\{1,2\}", True),
+        ("x=1,y=2", "y=2,x=1", True),
+        ("y=2x+1", "1+2x", True),
+        (r"\frac{\sqrt2}{2}", r"\frac1{\sqrt2}", True),
+        ("2π", r"2\pi", True),
+        (r"\pi r^2", r"\pi R^2", False),
+        (r"(\{1,2\},3)", r"\{1,2\},3", False),
+        ("[1,2]", "(1,2)", False),
+    ],
+)
+def test_by_value(a, b, same):
+    pytest.importorskip("math_verify")
+    assert BOTH.same(a, b) is same and BOTH.same(b, a) is same
 
 
 HARD = [

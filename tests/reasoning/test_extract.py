@@ -62,6 +62,12 @@ def test_boxes(text, answer):
         ("4, then the 3rd", "4"),
         ("no 1x x2 digit 0x1F", None),
         ("H2O", None),
+        ("3.5x", None),
+        ("1,234x", None),
+        ("(1,2)", "2"),
+        ("2×10", "10"),
+        ("at 12:30", "30"),
+        ("答案为-3.5米", "-3.5"),
         ("1/2/3", None),
     ],
 )
