@@ -23,36 +23,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import scan
-from .precision import autocasts, compute_dtype, without_autocast
-from .scan import LONGEST_CHUNK, decays, finite, heads_in_sequence, next_state, read_state
-from .ssd import ssd_recurrent
+from .chunk import (
+    LONGEST_CHUNK,
+    decays,
+    first_state,
+    heads_in_sequence,
+    next_state,
+    read_state,
+    state_products,
+)
+from .precision import compute_dtype
 
 SEGMENT = 16  # chunks between two states that are kept
 
 
-def ssd_scan(
-    x_blhp: Tensor,
-    dt_blh: Tensor,
-    A_h: Tensor,
-    B_blgn: Tensor,
-    C_blgn: Tensor,
-    D_h: Tensor | None = None,
-    *,
-    chunk_size: int = 128,
-    initial_state_bhpn: Tensor | None = None,
-    seq_idx_bl: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`scan.ssd_scan` with a backward; each gradient is in its input's dtype."""
-    if autocasts(x_blhp):
-        return without_autocast(ssd_scan, **locals())
-    inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn
-    options = {"initial_state_bhpn": initial_state_bhpn, "seq_idx_bl": seq_idx_bl}
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
-        return scan.ssd_scan(*inputs[:6], chunk_size=chunk_size, **options)
-    if seq_idx_bl is not None and not finite(inputs):
-        return ssd_recurrent(*inputs[:6], **options)
-    return _Scan.apply(chunk_size, seq_idx_bl, *inputs)
+def with_gradients(forward, chunk_size, x, dt, A, B, C, D, state, seq_idx):
+    """forward(x, dt, A, B, C, D, ...) of `scan.ssd_scan`; each gradient is in its input's dtype."""
+    return _Scan.apply(forward, chunk_size, x, dt, A, B, C, D, state, seq_idx)
 
 
 def once(backward):
@@ -70,7 +57,7 @@ def once(backward):
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chunk_size, seq_idx_bl, x, dt, A, B, C, D, state):
+    def forward(ctx, forward, chunk_size, x, dt, A, B, C, D, state, seq_idx_bl):
         size = min(chunk_size, LONGEST_CHUNK)
         length = size * SEGMENT
         states, outputs = [state], []
@@ -80,7 +67,7 @@ class _Scan(torch.autograd.Function):
             if seq_idx_bl is not None and start > 0:
                 same_b = documents[:, 0] == seq_idx_bl[:, start - 1]
                 state = state.where(same_b[:, None, None, None], 0)
-            y, state = scan.ssd_scan(
+            y, state = forward(
                 *(x[:, part], dt[:, part], A, B[:, part], C[:, part], D),
                 chunk_size=size,
                 initial_state_bhpn=state,
@@ -99,11 +86,8 @@ class _Scan(torch.autograd.Function):
         seq_idx_bl, x, dt, A, B, C, D, *states = ctx.saved_tensors
         back = _Back(ctx.size, seq_idx_bl, x, dt, A, B, C, D)
         gradients = back.walk(states, dy, dstate)
-        return (
-            None,
-            None,
-            *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[2:])),
-        )
+        needed = zip(gradients, ctx.needs_input_grad[2:])
+        return None, None, *(gradient if wanted else None for gradient, wanted in needed), None
 
 
 class _Chunk(NamedTuple):
@@ -122,7 +106,7 @@ class _Chunk(NamedTuple):
     def after(self, state, products: int):
         """The state behind the chunk; `state` is left alone."""
         if state is not None:
-            state = scan.first_state(state[0][None], products, self.x_isp.dtype)
+            state = first_state(state[0][None], products, self.x_isp.dtype)
         left_iq1, B_msn = _by_heads(self.left_bgrq), _for_products(self.B_bgsn, products)
         inputs_is1 = _by_heads(self.dt_bgrs * self.end_left_bgrs)
         return next_state(state, left_iq1[:, -1:], self.x_isp, inputs_is1, B_msn)
@@ -135,7 +119,7 @@ class _Back:
         self.size, self.seq_idx_bl, self.work = size, seq_idx_bl, compute_dtype(x)
         self.inputs = x, dt, A, B, C, D
         (b, _, h, _), g = x.shape, B.shape[2]
-        self.groups, self.products = (b, g, h // g), scan.state_products(b, h, g)
+        self.groups, self.products = (b, g, h // g), state_products(b, h, g)
         self.A_gr1 = A.to(self.work).view(g, -1, 1)
         made = (x, dt, B, C)
         self.dx, self.ddt, self.dB, self.dC = (torch.empty_like(t) for t in made)
@@ -147,12 +131,12 @@ class _Back:
         x, _, A, _, _, D = self.inputs
         l, length = x.shape[1], self.size * SEGMENT
         b, h, p, n = dstate.shape
-        dstate = scan.first_state(dstate, self.products, self.work)
+        dstate = first_state(dstate, self.products, self.work)
         for k in reversed(range(len(states))):
             end = min((k + 1) * length, l)
             starts = range(k * length, end, self.size)
             chunks = [self._chunk(slice(start, min(start + self.size, end))) for start in starts]
-            befores = [scan.first_state(states[k], self.products, self.work)]
+            befores = [first_state(states[k], self.products, self.work)]
             for chunk in chunks[:-1]:
                 befores.append(chunk.after(befores[-1], self.products))
             while chunks:
@@ -180,7 +164,7 @@ class _Back:
     def _back(self, chunk: _Chunk, before, dy, dstate):
         """Write the gradients of one chunk's inputs; returns that of the state before it.
 
-        before: the state, as `scan.first_state` gives it; dstate: the gradient of the one after.
+        before: the state, as `first_state` gives it; dstate: the gradient of the one after.
         """
         place, x_isp, dt, B, C, sums, left, end_left, same_bqs = chunk
         (b, g, r), m = self.groups, self.products

@@ -1,11 +1,10 @@
 """The operator tables: the only place that decides which code computes a hot operator.
 
 REFERENCE is the clearest statement of each operator and runs in float64; TORCH is the fast pure
-PyTorch form, the default on a CPU; INDUCTOR holds the forms that a compiled CPU graph is made of
-(`cpu/`), without gradients; TRITON holds the kernels, forward only, the default on a GPU, made
-when it is asked for, so that nothing else imports Triton. A model is built with one table; mixing
-is explicit: `FalconH1ForCausalLM(config, ops=TORCH._replace(ssd_scan=my_scan))`. Nothing
-falls back: an operator that cannot serve a request raises.
+PyTorch form, the default on a CPU; INDUCTOR holds what a compiled CPU graph is made of (`cpu/`),
+without gradients; TRITON holds the kernels, forward only, the default on a GPU, and imports Triton
+when it is asked for. A model is built with one table; mixing is explicit:
+`FalconH1ForCausalLM(config, ops=TORCH._replace(ssd_scan=my_scan))`. Nothing falls back.
 """
 
 import functools
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import attention, conv, gradients, mlp, norm, rope, ssd
+from . import attention, conv, mlp, norm, rope, scan, ssd
 from .cpu import inductor, step
 from .table_names import NAMES
 
@@ -55,17 +54,14 @@ REFERENCE = Ops(
     swiglu=mlp.swiglu_reference,
 )
 
-TORCH = Ops(
+TORCH = REFERENCE._replace(
     rms_norm=norm.rms_norm,
     gated_rms_norm=norm.gated_rms_norm,
-    rope=rope.rope_reference,
     causal_conv1d=conv.causal_conv1d,
-    causal_conv1d_step=conv.causal_conv1d_step,
-    ssd_scan=gradients.ssd_scan,
+    ssd_scan=scan.ssd_scan,
     ssd_step=step.ssd_step,
     attention=attention.attention,
     decode_attention=attention.decode_attention,
-    swiglu=mlp.swiglu_reference,
 )
 
 INDUCTOR = TORCH._replace(

@@ -7,7 +7,7 @@ from models import make_config, make_model, random_ids, rms_error, same_weights
 from torch.nn.functional import cross_entropy
 from witness import make_witness
 
-from falcon_h1r import attention, gradients, ssd
+from falcon_h1r import attention, scan, ssd
 from falcon_h1r.cpu import CompiledPrefill, CompiledStep
 from falcon_h1r.ops import INDUCTOR, REFERENCE, TORCH
 
@@ -55,7 +55,7 @@ def test_operators_compute_as_without_autocast(table, name, dtype):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("form", [ssd.ssd_dual, ssd.ssd_chunked, gradients.ssd_scan])
+@pytest.mark.parametrize("form", [ssd.ssd_dual, ssd.ssd_chunked, scan.ssd_scan])
 def test_other_forms_of_the_scan(form):
     call = operator_inputs()["ssd_scan"]
     with autocast():

@@ -9,7 +9,7 @@ from test_ssd import FLOAT64_BOUND, FORMS, make_inputs, make_seq_idx, normal
 
 from falcon_h1r import ssd
 from falcon_h1r.cpu.step import ssd_step
-from falcon_h1r.gradients import ssd_scan
+from falcon_h1r.scan import ssd_scan
 from falcon_h1r.ssd import ssd_recurrent
 
 

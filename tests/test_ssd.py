@@ -18,7 +18,7 @@ from transformers.models.falcon_h1.modeling_falcon_h1 import mamba2_chunk_scan
 
 from falcon_h1r import ssd
 from falcon_h1r.cpu import step
-from falcon_h1r.gradients import ssd_scan
+from falcon_h1r.scan import ssd_scan
 from falcon_h1r.ssd import ssd_chunked, ssd_dual, ssd_recurrent
 
 FORMS = {

@@ -22,8 +22,9 @@ ROOMS = [
     ["checks", "config_keys", "files", "precision", "presets", "table_names", "tables"],
     ["json_file"],
     ["norm", "rope", "tensor_file"],
-    ["attention", "conv", "ssd", "mlp", "cache_file"],
-    ["scan", "cache", "mamba2"],
+    ["attention", "chunk", "conv", "ssd", "mlp", "cache_file"],
+    ["gradients", "cache", "mamba2"],
+    ["scan"],
     ["block", "cpu"],
     ["ops"],
     ["checkpoint"],
@@ -33,6 +34,7 @@ ROOMS = [
     ["text"],
     ["generation"],
     ["reasoning"],
+    ["training"],
     ["bench"],
     ["study"],
     ["commands"],
@@ -43,7 +45,7 @@ ROOMS = [
 FILE_LINES = 400
 LAYER_LINES = 700
 # Whole files, and what runs of them in a prefill and a step.
-LAYER_ROOMS = "attention mamba2 mlp block norm rope ssd scan conv cache precision ops".split()
+LAYER_ROOMS = "attention mamba2 mlp block norm rope ssd scan chunk conv cache precision ops".split()
 LAYER_FILE_LINES = 1300
 FRAMES_TO_SCAN = 6
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Span
+from ..chunk import LONGEST_CHUNK
 from ..precision import autocasts, compute_dtype
-from ..scan import LONGEST_CHUNK
 from .launches import Replay, inductor
 
 # Tokens. A step attends to a multiple of ROOM keys, and masks the rest, so that one graph serves. A

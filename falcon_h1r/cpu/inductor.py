@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..conv import final_window, with_history
-from ..precision import autocasts, compute_dtype, without_autocast
-from ..scan import (
+from ..chunk import (
     LONGEST_CHUNK,
     chunk_output,
     first_state,
@@ -19,6 +17,8 @@ from ..scan import (
     next_state,
     state_products,
 )
+from ..conv import final_window, with_history
+from ..precision import autocasts, compute_dtype, without_autocast
 from ..ssd import check_shapes
 
 # A loop keeps a sum for each channel of each query head that shares a key head. More than LOOP_SUMS
