@@ -33,7 +33,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         _sync(new)
         os.replace(new, target)
     except OSError as error:
-        if error.filename is not None and Path(error.filename) == new:
+        if error.errno is not None and error.filename in (None, str(new)):
             error.filename, error.filename2 = str(path), None
         raise
     finally:

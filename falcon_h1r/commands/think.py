@@ -145,23 +145,33 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     setup = prepare(args)
     say(args, *setup.notes)
+    if args.record is None:
+        return _run(args, setup)
+    from ..reasoning.lock import FolderLock
+
+    with FolderLock(args.record) as lock:
+        return _run(args, setup, lock)
+
+
+def _run(args: argparse.Namespace, setup: Setup, lock=None) -> int:
+    """lock: of the --record folder, where there is one."""
     if args.questions is not None:
         from .think_many import run_many
 
         return run_many(args, setup)
     if args.record is not None or args.plot is None:
-        return _run_one(args, setup, setup.questions[0])
+        return _run_one(args, setup, setup.questions[0], lock)
     # The picture is drawn from a record; without --record nobody keeps it.
     with tempfile.TemporaryDirectory() as folder:
         return _run_one(args, setup, setup.questions[0]._replace(folder=Path(folder)))
 
 
-def _run_one(args: argparse.Namespace, setup: Setup, asked: Asked) -> int:
+def _run_one(args: argparse.Namespace, setup: Setup, asked: Asked, lock=None) -> int:
     from ..reasoning import LiveRun, read_record
     from .think_view import View, report
 
     engine = start_engine(args, setup, [asked])
-    question = start_question(args, setup, asked)
+    question = start_question(args, setup, asked, lock)
     live = LiveRun(engine, [question], setup.tokenizer)
     with View(args, setup.tokenizer, args.extractor) as view:
         interrupted = live.run(view)
