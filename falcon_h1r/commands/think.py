@@ -28,11 +28,17 @@ def add_to(commands) -> None:
     parser.add_argument(
         "--questions",
         metavar="FILE",
-        help='many: a line {"question": ..., "reference": ...} each (JSONL); they share the rows. '
-        "With --record a run that was cut short is taken up again by the same command. The seed's "
-        "default is 0",
+        help='many: a line {"question": ..., "reference": ...} each (JSONL), or with the keys '
+        "problem, answer (GSM8K's #### too), solution, id, choices, prompt_suffix; they share the "
+        "rows. With --record a run that was cut short is taken up again by the same command. The "
+        "seed's default is 0",
     )
     parser.add_argument("--reference", metavar="TEXT", help="the right answer: says if it is found")
+    parser.add_argument(
+        "--prompt-suffix",
+        metavar="TEXT",
+        help="a line under every question, such as how the answer is to be given",
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat template")
     _add_policy(parser)
     running = parser.add_argument_group("running")

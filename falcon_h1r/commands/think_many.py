@@ -89,6 +89,7 @@ def _finished(args: argparse.Namespace, setup: Setup, asked: Asked) -> dict | No
     end = record.end
     return {
         "name": asked.name,
+        "id": asked.id,
         "question": asked.text,
         "reference": asked.reference,
         "answer": end["answer"],
@@ -122,6 +123,7 @@ def _row(setup: Setup, asked: Asked, question) -> dict:
     result = question.policy.result()
     return {
         "name": asked.name,
+        "id": asked.id,
         "question": asked.text,
         "reference": asked.reference,
         "answer": result.answer,
@@ -140,8 +142,9 @@ def line_of(row: dict) -> str:
     traces = f"{row['traces']} traces"
     if row["voted"] is not None:
         traces = f"{row['voted']} of {traces} voted"
+    named = row["name"] if row["id"] is None else f"{row['name']} ({short(row['id'])})"
     return (
-        f"{row['name']}: {short(row['answer'], 'no answer')}{judged}; {traces}, "
+        f"{named}: {short(row['answer'], 'no answer')}{judged}; {traces}, "
         f"{row['tokens']:,} tokens; {row['done']}"
     )
 

@@ -365,7 +365,7 @@ def test_many_questions_are_taken_up_again(capsys, faked, tmp_path):
 
 def test_many_questions_without_references(capsys, faked, tmp_path):
     file = tmp_path / "q.jsonl"
-    file.write_text('{"question": "2+3?", "more": 1}\n')
+    file.write_text('{"question": "2+3?", "id": 1}\n')
     status, out, err = run(capsys, "think", "--questions", file, *NUMBERS)
     assert status == 0 and "right" not in out + err and "accuracy" not in out
     assert run(capsys, "think", "--questions", file, *NUMBERS, "--quiet")[2] == ""
