@@ -91,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
     _import(args)
     folders = find_records(args.folder)
     records = [read_record(folder, tensors=False) for folder in folders]
+    for record in records:
+        for note in record.notes:
+            print(f"[{note}]", file=sys.stderr)
     if args.plot is not None:
         _check_plot(args, records)
     equalities = [_equality(record, args.rule) for record in records]
@@ -159,15 +162,14 @@ def _import(args: argparse.Namespace) -> None:
         if args.reference is not None or args.allow_fewer:
             raise ValueError("--reference, --allow-fewer: only with --from-openai")
         return
-    from ..reasoning import Equality, Manifest, import_responses, read_responses
+    from ..reasoning import Equality, Manifest, import_responses
 
     manifest = Manifest(
         reference=args.reference,
         extractor=args.extractor or "boxed",
         rule=Equality(args.rule or "auto").rule,
     )
-    responses = read_responses(args.from_openai)
-    record = import_responses(responses, args.folder, manifest, allow_fewer=args.allow_fewer)
+    record = import_responses(args.from_openai, args.folder, manifest, allow_fewer=args.allow_fewer)
     if (least := record.manifest.k_least) is not None:
         print(
             f"[{args.folder}: confidences of as few as {least} log-probabilities, not "

@@ -28,11 +28,17 @@ def add_to(commands) -> None:
     parser.add_argument(
         "--questions",
         metavar="FILE",
-        help='many: a line {"question": ..., "reference": ...} each (JSONL); they share the rows. '
-        "With --record a run that was cut short is taken up again by the same command. The seed's "
-        "default is 0",
+        help='many: a line {"question": ..., "reference": ...} each (JSONL), or with the keys '
+        "problem, answer (GSM8K's #### too), solution, id, choices, prompt_suffix; they share the "
+        "rows. With --record a run that was cut short is taken up again by the same command. The "
+        "seed's default is 0",
     )
     parser.add_argument("--reference", metavar="TEXT", help="the right answer: says if it is found")
+    parser.add_argument(
+        "--prompt-suffix",
+        metavar="TEXT",
+        help="a line under every question, such as how the answer is to be given",
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat template")
     _add_policy(parser)
     running = parser.add_argument_group("running")
@@ -145,23 +151,33 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     setup = prepare(args)
     say(args, *setup.notes)
+    if args.record is None:
+        return _run(args, setup)
+    from ..reasoning.lock import FolderLock
+
+    with FolderLock(args.record) as lock:
+        return _run(args, setup, lock)
+
+
+def _run(args: argparse.Namespace, setup: Setup, lock=None) -> int:
+    """lock: of the --record folder, where there is one."""
     if args.questions is not None:
         from .think_many import run_many
 
         return run_many(args, setup)
     if args.record is not None or args.plot is None:
-        return _run_one(args, setup, setup.questions[0])
+        return _run_one(args, setup, setup.questions[0], lock)
     # The picture is drawn from a record; without --record nobody keeps it.
     with tempfile.TemporaryDirectory() as folder:
         return _run_one(args, setup, setup.questions[0]._replace(folder=Path(folder)))
 
 
-def _run_one(args: argparse.Namespace, setup: Setup, asked: Asked) -> int:
+def _run_one(args: argparse.Namespace, setup: Setup, asked: Asked, lock=None) -> int:
     from ..reasoning import LiveRun, read_record
     from .think_view import View, report
 
     engine = start_engine(args, setup, [asked])
-    question = start_question(args, setup, asked)
+    question = start_question(args, setup, asked, lock)
     live = LiveRun(engine, [question], setup.tokenizer)
     with View(args, setup.tokenizer, args.extractor) as view:
         interrupted = live.run(view)

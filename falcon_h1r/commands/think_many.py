@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from .common import INTERRUPTED
 from .terminal import print_json
@@ -76,6 +75,7 @@ def _finished(args: argparse.Namespace, setup: Setup, asked: Asked) -> dict | No
     if asked.folder is None or not (asked.folder / MANIFEST).exists():
         return None
     record = read_record(asked.folder, tensors=False)
+    say(args, *record.notes)
     ours = manifest_document(setup.manifest(args, asked))
     theirs = manifest_document(record.manifest)
     differ = [name for name in ours if ours[name] != theirs[name] and name != "check"]
@@ -89,6 +89,7 @@ def _finished(args: argparse.Namespace, setup: Setup, asked: Asked) -> dict | No
     end = record.end
     return {
         "name": asked.name,
+        "id": asked.id,
         "question": asked.text,
         "reference": asked.reference,
         "answer": end["answer"],
@@ -103,15 +104,13 @@ def _finished(args: argparse.Namespace, setup: Setup, asked: Asked) -> dict | No
 
 
 def _clear(args: argparse.Namespace, asked: Asked) -> None:
-    """Remove what a run that was cut short left; the manifest last, by which it is known."""
-    from ..reasoning.traces import LINES, MANIFEST
+    """Remove what a run that was cut short left."""
+    from ..reasoning.recorder import remove_record
+    from ..reasoning.traces import MANIFEST
 
-    manifest: Path = asked.folder / MANIFEST
-    if not manifest.exists():
-        return
-    say(args, f"{asked.name}: its record was cut short, it is asked anew")
-    for path in [*asked.folder.glob("trace-*.safetensors"), asked.folder / LINES, manifest]:
-        path.unlink(missing_ok=True)
+    if (asked.folder / MANIFEST).exists():
+        say(args, f"{asked.name}: its record was cut short, it is asked anew")
+        remove_record(asked.folder)
 
 
 def _right(setup: Setup, asked: Asked, answer: str | None) -> bool | None:
@@ -124,6 +123,7 @@ def _row(setup: Setup, asked: Asked, question) -> dict:
     result = question.policy.result()
     return {
         "name": asked.name,
+        "id": asked.id,
         "question": asked.text,
         "reference": asked.reference,
         "answer": result.answer,
@@ -142,8 +142,9 @@ def line_of(row: dict) -> str:
     traces = f"{row['traces']} traces"
     if row["voted"] is not None:
         traces = f"{row['voted']} of {traces} voted"
+    named = row["name"] if row["id"] is None else f"{row['name']} ({short(row['id'])})"
     return (
-        f"{row['name']}: {short(row['answer'], 'no answer')}{judged}; {traces}, "
+        f"{named}: {short(row['answer'], 'no answer')}{judged}; {traces}, "
         f"{row['tokens']:,} tokens; {row['done']}"
     )
 

@@ -53,13 +53,14 @@ def free_memory(device: str) -> int | None:
     return None if free is None else free * 3 // 4
 
 
-def start_question(args: argparse.Namespace, setup: Setup, asked: Asked):
+def start_question(args: argparse.Namespace, setup: Setup, asked: Asked, lock=None):
+    """lock: of its record's folder, where the caller holds it."""
     from ..reasoning import Question, TraceRecorder
 
     recorder = None
     if asked.folder is not None:
         top = 0 if args.record is None else args.record_top
-        recorder = TraceRecorder(asked.folder, setup.manifest(args, asked), top)
+        recorder = TraceRecorder(asked.folder, setup.manifest(args, asked), top, lock=lock)
     policy = setup.policy(args, asked)
     return Question(asked.ids, policy, setup.sampling, recorder=recorder, name=asked.name)
 

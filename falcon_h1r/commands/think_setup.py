@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..checks import check_text
 from . import common
 from .prompt import check_system, has_prompt, read_prompt, render
+from .questions import Entry, read_questions, with_suffix
 
 if TYPE_CHECKING:
     from ..generation import SamplingParams
@@ -30,7 +30,8 @@ _NUMBERS = (
 
 
 class Asked(NamedTuple):
-    """A question with its prompt. name: "" of a single one. seed: of its first trace."""
+    """A question with its prompt. name: "" of a single one. seed: of its first trace. id: of the
+    data set."""
 
     name: str
     text: str
@@ -39,6 +40,7 @@ class Asked(NamedTuple):
     ids: list[int]
     seed: int
     folder: Path | None
+    id: str | None = None
 
 
 class Setup(NamedTuple):
@@ -113,11 +115,11 @@ def prepare(args: argparse.Namespace) -> Setup:
     tokenizer, sampling = request.tokenizer, request.params
     if sampling.temperature == 0 and args.temperature is None:
         sampling = replace(sampling, temperature=TEMPERATURE)  # of a checkpoint that is greedy
-    rendered = [render(tokenizer, text, args.raw, args.system) for _, text, _ in texts]
+    rendered = [render(tokenizer, text, args.raw, args.system) for _, (text, _, _) in texts]
     longest = max(len(ids) for _, ids in rendered)
     limit = config.max_position_embeddings
     sampling = common.fit(sampling, request.max_new_given, longest, limit)
-    for (name, _, _), (_, ids) in zip(texts, rendered):
+    for (name, _), (_, ids) in zip(texts, rendered):
         _check_length(name, len(ids), sampling.max_new_tokens, limit)
     params, k, notes = _policy(args, sampling.max_new_tokens)
     if k > config.vocab_size:
@@ -131,8 +133,8 @@ def prepare(args: argparse.Namespace) -> Setup:
     # As a batch of prompts has them in `generate`, so that no two traces of a run share one.
     seeds = derive_seeds(replace(sampling, n=params.budget), len(texts))[:: params.budget]
     questions = [
-        Asked(name, text, reference, prompt, ids, seed, _folder(args, name))
-        for (name, text, reference), (prompt, ids), seed in zip(texts, rendered, seeds)
+        Asked(name, entry.text, entry.reference, prompt, ids, seed, _folder(args, name), entry.id)
+        for (name, entry), (prompt, ids), seed in zip(texts, rendered, seeds)
     ]
     if isinstance(params, DeepConf) and params.window >= sampling.max_new_tokens:
         notes.append(
@@ -142,40 +144,20 @@ def prepare(args: argparse.Namespace) -> Setup:
     return Setup(tokenizer, sampling, params, k, equality, questions, notes)
 
 
-def _texts(args: argparse.Namespace) -> list[tuple[str, str, str | None]]:
-    """(name, question, reference) of each."""
+def _texts(args: argparse.Namespace) -> list[tuple[str, Entry]]:
+    """The name and the entry of each question."""
+    if args.prompt_suffix is not None:
+        check_text("--prompt-suffix", args.prompt_suffix)
     if args.questions is None:
-        return [("", read_prompt(args, "question"), args.reference)]
+        text = with_suffix(read_prompt(args, "question"), args.prompt_suffix)
+        return [("", Entry(text, args.reference))]
     if has_prompt(args, "question"):
         raise ValueError("a question: not with --questions")
     for name in ("reference", "plot"):  # of one question
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: not with --questions")
-    texts = []
-    with open(args.questions, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                texts.append((f"q{number:05}", *_entry(line, f"{args.questions}, line {number}")))
-    if not texts:
-        raise ValueError(f"{args.questions}: holds no questions")
-    return texts
-
-
-def _entry(line: str, place: str) -> tuple[str, str | None]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place}: not JSON: {error}") from error
-    question = entry.get("question") if isinstance(entry, dict) else None
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f'{place}: expected {{"question": text, "reference": text or null}}')
-    check_text(f"{place}: the question", question)
-    reference = entry.get("reference")
-    if isinstance(reference, (int, float)) and not isinstance(reference, bool):
-        reference = str(reference)
-    if not isinstance(reference, (str, type(None))):
-        raise ValueError(f"{place}: the reference is neither a text nor a number")
-    return question, reference
+    entries = read_questions(args.questions, args.prompt_suffix)
+    return [(f"q{number:05}", entry) for number, entry in entries.items()]
 
 
 def _check_files(args: argparse.Namespace) -> None:

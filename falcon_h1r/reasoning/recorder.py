@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from ..checks import check_integer
 from ..files import write_file
+from .lock import FolderLock
 from .online import INTERRUPTED
 from .traces import LINES, MANIFEST, Manifest, check_of, file_name, manifest_document
 
@@ -22,22 +25,39 @@ _FIRST_ROOM = 256
 class TraceRecorder:
     """Collects the tokens of running traces, and writes each trace when it ends.
 
-    folder: made if it is not there; one that holds a record is refused with ValueError.
+    folder: made if it is not there; one that holds a record, or that another run writes to, is
+        refused with ValueError.
+    lock: of the folder, where the caller holds it; None: held from here until `close`.
     top: how many of the likeliest tokens to keep of every position; 0: none, which makes a record
         some 9 times smaller at k = 20.
 
     Beside a policy: `start` and `step` with what its `start` and `step` were given, each once per
     step, so that both count the same steps; `end` for every trace that ended; `close` at the end.
+    A line is written as a whole or not at all: OSError names the file, and cuts off what was
+    written of the line.
     As a context manager it closes itself, as an interrupted run if it was not closed before.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, top: int | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        top: int | None = None,
+        *,
+        lock: FolderLock | None = None,
+    ):
         self._top = manifest.k if top is None else top
         check_integer("top", self._top, 0)
+        document = json.dumps(manifest_document(manifest), indent=1)
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / MANIFEST).exists() or (self.folder / LINES).exists():
-            raise ValueError(f"{self.folder}: already holds a trace record")
+        self._lock = FolderLock(folder) if lock is None else None
+        try:
+            if (self.folder / MANIFEST).exists() or (self.folder / LINES).exists():
+                raise ValueError(f"{self.folder}: already holds a trace record")
+            write_file(self.folder / MANIFEST, document)
+        except BaseException:
+            self._release()
+            raise
         self.steps = 0
         self._written = 0
         self._closed = False
@@ -53,8 +73,6 @@ class TraceRecorder:
         if self._top:
             self._buffers["top_ids"] = torch.zeros(0, _FIRST_ROOM, self._top, dtype=torch.int32)
             self._buffers["top_logprobs"] = torch.zeros(0, _FIRST_ROOM, self._top)
-        document = json.dumps(manifest_document(manifest), indent=1)
-        write_file(self.folder / MANIFEST, document)
 
     def start(self, traces: Iterable[int], seeds: Iterable[int | None]) -> None:
         """These traces were admitted before the next step."""
@@ -111,12 +129,18 @@ class TraceRecorder:
         """
         if self._closed:
             return
-        for trace in sorted(self._rows):
-            self.end(trace, INTERRUPTED)
-        _append(
-            self.folder, {"end": {**(result or {}), "traces": self._written, "steps": self.steps}}
-        )
         self._closed = True
+        try:
+            for trace in sorted(self._rows):
+                self.end(trace, INTERRUPTED)
+            counts = {"traces": self._written, "steps": self.steps}
+            _append(self.folder, {"end": {**(result or {}), **counts}})
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> TraceRecorder:
         return self
@@ -153,9 +177,28 @@ def _write_trace(folder, trace, tensors, seed, start, reason, text, answer) -> N
 
 
 def _append(folder: Path, line: dict) -> None:
-    """One line, with one write: a run that dies leaves it whole or without its newline."""
+    """One line, whole or not at all, unless the process dies in between."""
     line = json.loads(json.dumps(line, allow_nan=False))
-    text = json.dumps({**line, "check": check_of(line)}) + "\n"
-    with open(folder / LINES, "ab", buffering=0) as file:
-        file.write(text.encode())
-        os.fsync(file.fileno())
+    content = memoryview((json.dumps({**line, "check": check_of(line)}) + "\n").encode())
+    path = folder / LINES
+    with open(path, "ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            while content:  # a write may take a part only, and says so
+                written = file.write(content)
+                if not written:
+                    raise OSError(errno.EIO, "nothing was written")
+                content = content[written:]
+            os.fsync(file.fileno())
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                error.filename = str(path)
+            raise
+
+
+def remove_record(folder: Path) -> None:
+    """Remove a record's files; the manifest last, by which it is known."""
+    for path in [*folder.glob("trace-*.safetensors"), folder / LINES, folder / MANIFEST]:
+        path.unlink(missing_ok=True)

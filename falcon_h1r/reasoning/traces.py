@@ -16,7 +16,8 @@ A record is a folder:
 `start` and `steps` count the steps of the whole run: a trace was admitted before step `start`, and
 got its i-th token in step `steps[i]`: the order of arrival. A file is there whole or not at all,
 and its line is written after it. A record without its last line is one of a run that was cut short:
-it is read, and `complete` says so.
+it is read, and `complete` says so. A last line that is cut short or damaged is left out:
+`notes` say so. Another damaged line is an error.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checks import is_integer
 from .confidence import TOP_K, token_confidence
 from .online import CONSENSUS, INTERRUPTED, LOW, NATURAL
 
 FORMAT, VERSION = "falcon_h1r.traces", 1
-MOST_STEPS = 2**26  # of a run: more than any has, few enough to walk through
+MOST_STEPS = 2**26  # of a run: more than any has
+MOST_TRACES = 2**20  # of a record
+MOST_LEVELS = 100  # of JSON: lists and objects inside one another
 MANIFEST, LINES = "manifest.json", "traces.jsonl"
 REASONS = (*NATURAL, LOW, CONSENSUS, INTERRUPTED)
 _LINE = {
@@ -48,6 +52,7 @@ _LINE = {
     "sha256": str,
 }
 _TENSORS = {"tokens": torch.int64, "confidence": torch.float32, "steps": torch.int64}
+_DTYPES = {"I64": torch.int64, "I32": torch.int32, "F32": torch.float32}
 _TOP = {"top_ids": torch.int32, "top_logprobs": torch.float32}
 
 
@@ -101,13 +106,15 @@ class RecordedTrace:
 
 @dataclass(frozen=True)
 class Record:
-    """traces: by number. complete: whether the run was closed. end: what it left as its result."""
+    """traces: by number. complete: whether the run was closed. end: what it left as its result.
+    notes: what was left out, for the user."""
 
     folder: Path
     manifest: Manifest
     traces: list[RecordedTrace]
     complete: bool
     end: dict
+    notes: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -123,7 +130,8 @@ def read_record(folder: str | Path, tensors: bool = True) -> Record:
     folder = Path(folder)
     manifest = _read_manifest(folder)
     traces, end = [], None
-    for number, line in enumerate(_read_lines(folder / LINES), start=1):
+    lines, notes = _read_lines(folder / LINES)
+    for number, line in enumerate(lines, start=1):
         place = f"{folder / LINES}, line {number}"
         if end is not None:
             raise ValueError(f"{place}: follows the line that closes the record")
@@ -140,7 +148,7 @@ def read_record(folder: str | Path, tensors: bool = True) -> Record:
     numbers = [trace.number for trace in traces]
     if len(set(numbers)) != len(numbers):
         raise ValueError(f"{folder / LINES}: a trace is there twice")
-    return Record(folder, manifest, traces, end is not None, end or {})
+    return Record(folder, manifest, traces, end is not None, end or {}, notes)
 
 
 def _steps(traces: list[RecordedTrace]) -> int:
@@ -165,13 +173,12 @@ def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder}: not a trace record: it has no {MANIFEST}")
-    values = _object(path.read_bytes(), str(path))
+    values = json_object(path.read_bytes(), str(path))
     if values.pop("format", None) != FORMAT:
         raise ValueError(f"{path}: not a trace record of falcon_h1r")
     if (version := values.pop("version", None)) != VERSION:
         raise ValueError(f"{path}: version {version!r} of the format, this code reads {VERSION}")
-    if values.pop("check", None) != check_of(values):
-        raise ValueError(f"{path}: damaged: its check does not fit")
+    _check_sum(values, str(path))
     known = {entry.name for entry in fields(Manifest)}
     if set(values) != known:
         raise ValueError(f"{path}: expected the fields {sorted(known)}, found {sorted(values)}")
@@ -183,24 +190,49 @@ def _read_manifest(folder: Path) -> Manifest:
     good = good and isinstance(values["sampling"], dict)
     good = good and isinstance(values["policy"], (dict, type(None)))
     stops = values["stop_token_ids"]
-    if not good or not (stops is None or all(type(v) is int for v in stops)):
+    ids = stops is None or (isinstance(stops, list) and all(_is_id(v) for v in stops))
+    if not good or not ids:
         raise ValueError(f"{path}: a field is of another kind than it should be")
     return Manifest(**values)
 
 
-def _read_lines(path: Path) -> list[dict]:
+def _is_id(value) -> bool:
+    return is_integer(value, 0, 2**63 - 1)
+
+
+def _check_sum(values: dict, place: str) -> None:
+    """Take the check out of the values, and raise ValueError where it is not theirs."""
+    check = values.pop("check", None)
+    try:
+        made = check_of(values)
+    except ValueError as error:  # NaN and infinities, which no writer of a record leaves
+        raise ValueError(f"{place}: damaged: {error}") from error
+    if check != made:
+        raise ValueError(f"{place}: damaged: its check does not fit")
+
+
+def _read_lines(path: Path) -> tuple[list[dict], tuple[str, ...]]:
+    """The lines up to the last whole one, and what is to be said of a last one that is not."""
     if not path.exists():
-        return []
-    *lines, rest = path.read_bytes().split(b"\n")
-    # Without its newline the last line was still being written: its trace is not there yet.
+        return [], ()
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
+    content = path.read_bytes()
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
     values = []
     for number, raw in enumerate(lines, start=1):
         place = f"{path}, line {number}"
-        value = _object(raw, place)
-        if value.pop("check", None) != check_of(value):
-            raise ValueError(f"{place}: damaged: its check does not fit")
+        if number == len(lines) and not content.endswith(b"\n"):
+            return values, (f"{place}: cut short, left out",)
+        try:
+            value = json_object(raw, place)
+            _check_sum(value, place)
+        except ValueError as error:
+            if number == len(lines):
+                return values, (f"{error}; the line is left out",)
+            raise
         values.append(value)
-    return values
+    return values, ()
 
 
 def _read_trace(
@@ -209,17 +241,20 @@ def _read_trace(
     for name, kind in _LINE.items():
         if not isinstance(line.get(name, ...), kind) or isinstance(line[name], bool):
             raise ValueError(f"{place}: field {name!r} is missing or of another kind")
-    if line["trace"] < 0 or line["reason"] not in REASONS:
+    if not 0 <= line["trace"] < MOST_TRACES or line["reason"] not in REASONS:
         raise ValueError(f"{place}: trace {line['trace']} with reason {line['reason']!r}")
     path = folder / file_name(line["trace"])
     stored = _read_tensors(path, line["sha256"])
     for name, dtype in {**_TENSORS, **(_TOP if "top_ids" in stored else {})}.items():
         tensor = stored.get(name)
-        good = tensor is not None and tensor.dtype == dtype and len(tensor) == line["tokens"]
-        if not good or tensor.dim() != (2 if name in _TOP else 1):
+        good = tensor is not None and tensor.dtype == dtype
+        good = good and tensor.dim() == (2 if name in _TOP else 1)
+        if not good or len(tensor) != line["tokens"]:
             raise ValueError(f"{path}: tensor {name!r} is missing or of another shape or dtype")
     if set(stored) not in (set(_TENSORS), {*_TENSORS, *_TOP}):
         raise ValueError(f"{path}: holds {sorted(stored)}")
+    if not 0 <= line["start"] <= MOST_STEPS:
+        raise ValueError(f"{place}: starts before step {line['start']}, expected 0 .. {MOST_STEPS}")
     steps, confidence = stored["steps"], stored["confidence"]
     if bool((steps.diff() <= 0).any()) or (len(steps) and int(steps[0]) < line["start"]):
         raise ValueError(f"{path}: steps do not ascend from {line['start']}")
@@ -252,8 +287,7 @@ def _check_top(path: Path, stored: dict[str, Tensor], manifest: Manifest) -> Non
 
 
 def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors import SafetensorError, deserialize
 
     if not path.is_file():
         raise ValueError(f"{path}: missing")
@@ -261,16 +295,46 @@ def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{path}: damaged: not the file that was recorded")
     try:
-        return load(content)
+        stored = deserialize(content)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from error
+    tensors = {}
+    for name, values in stored:
+        dtype, shape = _DTYPES.get(values["dtype"]), values["shape"]
+        if dtype is None or not 1 <= len(shape) <= 2:
+            raise ValueError(f"{path}: tensor {name!r} is missing or of another shape or dtype")
+        data = values["data"]
+        empty = torch.empty(shape, dtype=dtype)
+        tensors[name] = torch.frombuffer(data, dtype=dtype).reshape(shape) if data else empty
+    return tensors
 
 
-def _object(raw: bytes, place: str) -> dict:
+def parse_json(raw: bytes | str, place: str):
+    """The value of a JSON text; ValueError, in one line naming `place`, for what is none, and for
+    more than `MOST_LEVELS` lists and objects inside one another."""
     try:
         value = json.loads(raw)
+        level, levels = [value], 0
+        while level:
+            levels += 1
+            if levels > MOST_LEVELS:
+                raise RecursionError
+            inner = [v.values() if isinstance(v, dict) else v for v in level if _holds(v)]
+            level = [value for values in inner for value in values if _holds(value)]
+    except RecursionError:
+        reason = f"more than {MOST_LEVELS} lists and objects inside one another"
+        raise ValueError(f"{place}: not JSON that is read: {reason}") from None
     except ValueError as error:  # also bytes that are no UTF-8
         raise ValueError(f"{place}: not JSON: {error}") from error
+    return value
+
+
+def _holds(value) -> bool:
+    return isinstance(value, (dict, list))
+
+
+def json_object(raw: bytes | str, place: str) -> dict:
+    value = parse_json(raw, place)
     if not isinstance(value, dict):
         raise ValueError(f"{place}: not a JSON object")
     return value

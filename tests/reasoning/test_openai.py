@@ -125,6 +125,89 @@ def test_choices_that_cannot_be_used(tmp_path, made, message):
     assert not (tmp_path / "a").exists()
 
 
+def with_message(**message):
+    return broken(message={"content": "7", **message})
+
+
+@pytest.mark.parametrize(
+    ("made", "field"),
+    [
+        (broken(logprobs=[1]), "logprobs"),
+        (broken(logprobs="x"), "logprobs"),
+        (broken(logprobs=3), "logprobs"),
+        (broken(logprobs=False), "logprobs"),
+        (broken(logprobs={"content": "x"}), "logprobs.content"),
+        (broken(finish_reason={"a": 1}), "finish_reason"),
+        (broken(finish_reason=[]), "finish_reason"),
+        (broken(stop_reason=[]), "stop_reason"),
+        (with_message(content=5), "content"),
+        (with_message(content={}), "content"),
+        (with_message(content=["x"]), "part 0 of the content"),
+        (with_message(content=[{"type": "image_url"}]), "type is 'image_url'"),
+        (with_message(content=[{"type": "text", "text": 5}]), "part 0 of the content, text"),
+        (with_message(content="\ud800"), "no Unicode text"),
+        (with_message(reasoning=["a"]), "reasoning"),
+        (with_message(reasoning_content={}), "reasoning_content"),
+        (with_top([{"logprob": v} for v in (10**400, -2, -3, -4)]), "log-probability of 1000"),
+        (with_top([{"logprob": v} for v in (-(10**5000), -2, -3, -4)]), "too long|instance"),
+        (with_top([{"logprob": v} for v in (math.nan, -2, -3, -4)]), "log-probability of nan"),
+        (with_top([{"logprob": v} for v in (True, -2, -3, -4)]), "log-probability of True"),
+        (broken(logprobs={"content": [entry(FOUR, 5)]}), "token 0, token: is 5"),
+        (broken(logprobs={"content": [entry(FOUR, "token_id:" + "9" * 5000)]}), "no token's id"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(tmp_path, made, field):
+    with pytest.raises(ValueError, match=f"response 0, choice 0.*{field}") as caught:
+        import_responses([response(made)], tmp_path / "new" / "a", Manifest(k=4))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+    assert not (tmp_path / "new").exists()
+
+
+def test_content_in_parts(tmp_path):
+    parts = [{"type": "text", "text": "so "}, {"type": "text", "text": r"\boxed{7}"}]
+    made = with_message(content=parts, reasoning=None)
+    record = import_responses([response(made)], tmp_path / "a", Manifest(k=4))
+    assert record.traces[0].text == r"so \boxed{7}" and record.traces[0].answer == "7"
+
+
+def test_only_line_feeds_end_a_line(tmp_path):
+    text = "a\u2028b\u2029c\x85d\x0b \\boxed{7}"
+    one = response(choice([FOUR], text))
+    path = tmp_path / "r.jsonl"
+    for end in ("\n", "\r\n"):
+        line = json.dumps(one, ensure_ascii=False) + end
+        path.write_bytes((line + end + line).encode())
+        assert read_responses(path) == [one, one]
+    record = import_responses(path, tmp_path / "a", Manifest(k=4))
+    assert [trace.text for trace in record.traces] == [text] * 2
+
+
+def test_a_refusal_names_the_line_and_leaves_nothing(tmp_path):
+    path = tmp_path / "r.jsonl"
+    good = json.dumps(response(choice([FOUR], "7")))
+    for bad, message in [
+        (json.dumps(response(broken(logprobs=3))), "line 3, choice 1, logprobs: is 3"),
+        ("[" * 100_000, "line 3: not JSON that is read"),
+        ("{", "line 3: not JSON"),
+        ("5", "line 3: expected an object"),
+        (json.dumps({**response(choice([FOUR], "7")), "model": []}), "line 3, model"),
+    ]:
+        path.write_text(f"{good}\n\n{bad}\n")
+        with pytest.raises(ValueError, match=message):
+            import_responses(path, tmp_path / "a", Manifest(k=4))
+        assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("falcon_h1r.reasoning.recorder._append", full)
+    with pytest.raises(OSError, match="No space"):
+        import_responses([response(choice([FOUR], "7"))], tmp_path / "a", Manifest(k=4))
+    assert not (tmp_path / "a").exists()
+
+
 def test_responses_without_choices(tmp_path):
     for documents in ([], [response()], [{"choices": None}]):
         with pytest.raises(ValueError, match="choices"):

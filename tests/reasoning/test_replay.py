@@ -19,6 +19,7 @@ from falcon_h1r.reasoning import (
     replay,
     trace_measures,
 )
+from falcon_h1r.reasoning.traces import MOST_STEPS
 
 REUSED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -259,3 +260,19 @@ def test_a_record_of_h1r_pico(tmp_path):
     assert majority.right and majority.answer == "64"
     online = replay(record, DeepConf(window=16, warmup=3, budget=6))
     assert online.right and online.tokens <= majority.tokens
+
+
+def test_a_forged_step_number_costs_no_walk(tmp_path):
+    # Nothing decides in a step without tokens, whatever their number.
+    params = DeepConf(k=4, window=6, warmup=4, budget=10, eta=20.0, tau=None)
+    policy = run_live(make_pool(3, 10), params, tmp_path / "a", slots=3, chaos=5)
+    record = read_record(tmp_path / "a")
+    late = max(int(trace.steps[-1]) for trace in record.traces)
+    traces = [
+        dataclasses.replace(t, steps=torch.where(t.steps == late, MOST_STEPS - 1, t.steps))
+        for t in record.traces
+    ]
+    forged = dataclasses.replace(record, traces=traces, end={**record.end, "steps": MOST_STEPS})
+    replayed = replay(forged, params).online
+    assert replayed.traces == policy.result().traces
+    assert replayed.log[-1].step == MOST_STEPS - 1

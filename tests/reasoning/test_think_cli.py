@@ -29,6 +29,7 @@ from falcon_h1r.reasoning import (
     replay,
     wilson_interval,
 )
+from falcon_h1r.reasoning.lock import LOCK, FolderLock
 
 QUESTION = "What is 47+25-8?"
 
@@ -364,7 +365,7 @@ def test_many_questions_are_taken_up_again(capsys, faked, tmp_path):
 
 def test_many_questions_without_references(capsys, faked, tmp_path):
     file = tmp_path / "q.jsonl"
-    file.write_text('{"question": "2+3?", "more": 1}\n')
+    file.write_text('{"question": "2+3?", "id": 1}\n')
     status, out, err = run(capsys, "think", "--questions", file, *NUMBERS)
     assert status == 0 and "right" not in out + err and "accuracy" not in out
     assert run(capsys, "think", "--questions", file, *NUMBERS, "--quiet")[2] == ""
@@ -628,3 +629,27 @@ def test_pico_in_little_memory(capsys):
     assert status == 0 and out.startswith("answer: 64\n")
     last = out.splitlines()[-1]
     assert last.startswith("memory budget 3 MiB: ") and last.endswith("limited by memory_budget")
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_second_run_on_a_record_is_refused(capsys, faked, tmp_path, many):
+    folder = tmp_path / "r"
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": QUESTION}) + "\n")
+    ask = ["think", "--questions", tmp_path / "q.jsonl", *NUMBERS] if many else ASK
+    with FolderLock(folder):
+        status, out, err = run(capsys, *ask, "--record", folder, "--quiet")
+        assert (status, out) == (2, "") and err.count("\n") == 1
+        assert f"{folder}: another run writes its records there" in err
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+    assert run(capsys, *ask, "--record", folder, "--quiet")[0] == 0
+    assert not (folder / LOCK).exists()
+    assert all(read_record(path).complete for path in find_records(folder))
+
+
+def test_a_damaged_last_line_is_noted(capsys, faked, tmp_path):
+    folder = tmp_path / "r"
+    run(capsys, *ASK, "--record", folder, "--quiet")
+    with open(folder / "traces.jsonl", "r+b") as file:
+        file.truncate(file.seek(0, io.SEEK_END) - 5)
+    status, out, err = run(capsys, "replay", folder)
+    assert status == 0 and "recorded" in out and "cut short, left out" in err

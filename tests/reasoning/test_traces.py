@@ -1,8 +1,12 @@
 """`reasoning.recorder` and `reasoning.traces`: what is written is what was run, and nothing else is
 read."""
 
+import io
 import json
 import os
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from falcon_h1r.reasoning import (
     read_record,
     recorder,
 )
+from falcon_h1r.reasoning.lock import LOCK, FolderLock
 from falcon_h1r.reasoning.traces import check_of
 
 PARAMS = DeepConf(k=4, window=6, warmup=4, budget=10, eta=20.0, tau=0.9)
@@ -136,7 +141,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(recorder.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         writer.end(0, "stop")
-    assert sorted(os.listdir(tmp_path)) == ["manifest.json"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "manifest.json"]
     monkeypatch.undo()
     assert read_record(tmp_path).traces == []
 
@@ -170,9 +175,10 @@ def test_every_damaged_byte_is_noticed(folder):
     for name in ("traces.jsonl", "manifest.json", f"trace-{trace:05}.safetensors"):
         path = folder / name
         content = path.read_bytes()
-        ends = {len(content) - 1} if name == "traces.jsonl" else set()
-        for at in range(0, len(content), max(1, len(content) // 40)):
-            if at in ends or content[at : at + 1].isspace():
+        # The last line is another matter: it is left out.
+        end = content[:-1].rfind(b"\n") if name == "traces.jsonl" else len(content)
+        for at in range(0, end, max(1, end // 40)):
+            if content[at : at + 1].isspace():
                 continue
             path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
             with pytest.raises(ValueError, match=name):
@@ -197,6 +203,11 @@ def test_every_damaged_byte_is_noticed(folder):
         (lambda f: edit_manifest(f, reference=5), "of another kind"),
         (lambda f: edit_manifest(f, stop_token_ids=["a"]), "of another kind"),
         (lambda f: edit_manifest(f, policy=[]), "of another kind"),
+        (lambda f: edit_manifest(f, stop_token_ids=5), "of another kind"),
+        (lambda f: edit_manifest(f, stop_token_ids=[2**63]), "of another kind"),
+        (lambda f: edit_manifest(f, stop_token_ids={}), "of another kind"),
+        (lambda f: (f / "manifest.json").write_text("[" * 100_000), "more than 100 lists"),
+        (lambda f: (f / "manifest.json").write_text('{"a":' * 200 + "1" + "}" * 200), "more than"),
         (lambda f: (f / "trace-00000.safetensors").unlink(), "00000.safetensors: missing"),
         (
             lambda f: (f / "trace-00001.safetensors").write_bytes(
@@ -208,6 +219,9 @@ def test_every_damaged_byte_is_noticed(folder):
         (lambda f: rewrite(f, 0, lambda v: v.update(trace=True)), "field 'trace'"),
         (lambda f: rewrite(f, 0, lambda v: v.update(trace=-1)), "trace -1"),
         (lambda f: rewrite(f, 0, lambda v: v.update(trace=99)), "00099.safetensors: missing"),
+        (lambda f: rewrite(f, 0, lambda v: v.update(trace=2**40)), "trace 1099511627776"),
+        (lambda f: rewrite(f, 0, lambda v: v.update(start=-1)), "starts before step -1"),
+        (lambda f: rewrite(f, 0, lambda v: v.update(start=2**40)), "starts before step"),
         (lambda f: rewrite(f, 0, lambda v: v.update(reason="eos")), "reason 'eos'"),
         (lambda f: rewrite(f, 0, lambda v: v.update(tokens=1)), "another shape"),
         (lambda f: rewrite(f, 0, lambda v: v.update(start=9999)), "do not ascend from 9999"),
@@ -218,6 +232,10 @@ def test_every_damaged_byte_is_noticed(folder):
         (lambda f: retensor(f, 0, lambda t: t.pop("top_logprobs")), "'top_logprobs' is missing"),
         (lambda f: retensor(f, 0, lambda t: t.update(more=torch.ones(1))), "holds"),
         (lambda f: retensor(f, 0, lambda t: t.update(tokens=t["tokens"].int())), "'tokens' is"),
+        (lambda f: retensor(f, 0, lambda t: t.update(steps=torch.tensor(3))), "'steps' is missing"),
+        (lambda f: retensor(f, 0, lambda t: t.update(more=torch.tensor(3))), "'more' is missing"),
+        (lambda f: retensor(f, 0, lambda t: t.update(tokens=t["tokens"][:, None])), "'tokens' is"),
+        (lambda f: retensor(f, 0, lambda t: t.update(tokens=t["tokens"].half())), "'tokens' is"),
         (lambda f: retensor(f, 0, lambda t: t.update(steps=t["steps"].flip(0))), "do not ascend"),
         (lambda f: retensor(f, 0, lambda t: t["steps"].add_(2**40)), "more than 67108864"),
         (lambda f: rewrite(f, -1, lambda v: v["end"].update(steps=2**40)), "closes after"),
@@ -240,12 +258,90 @@ def test_lines_out_of_place_are_refused(folder):
         ([lines[0], lines[0]], "a trace is there twice"),
         (lines[1:], "another number of traces"),
         ([*lines, lines[0]], "follows the line that closes"),
-        ([lines[0], b"{}\n"], "line 2: damaged"),
-        ([lines[0], b"\n"], "line 2: not JSON"),
+        ([lines[0], b"{}\n", lines[1]], "line 2: damaged"),
+        ([lines[0], b"\n", lines[1]], "line 2: not JSON"),
+        ([lines[0], b"[" * 100_000 + b"\n", lines[1]], "line 2: not JSON that is read: more than"),
     ]:
         path.write_bytes(b"".join(broken))
         with pytest.raises(ValueError, match=message):
             read_record(folder)
+
+
+def test_a_damaged_last_line_costs_that_line(folder):
+    path = folder / "traces.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = len(lines) - 1
+    spoiled = bytearray(lines[-1])
+    spoiled[5] ^= 1
+    for last in (bytes(spoiled), b"\n", b"{}\n", b"\0" * 40 + b"\n", lines[-1][:9], b"[" * 99_999):
+        path.write_bytes(b"".join([*lines[:-1], last]))
+        record = read_record(folder)
+        assert not record.complete and len(record.traces) == kept
+        (note,) = record.notes
+        assert f"traces.jsonl, line {len(lines)}: " in note and "left out" in note
+    path.write_bytes(b"".join(lines))
+    assert read_record(folder).notes == ()
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    first = TraceRecorder(tmp_path / "a", Manifest(), 0)
+    with pytest.raises(ValueError, match="another run writes"):
+        TraceRecorder(tmp_path / "a", Manifest(), 0)
+    first.close()
+    assert sorted(os.listdir(tmp_path / "a")) == ["manifest.json", "traces.jsonl"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / LOCK).touch()  # of a run that was killed
+    TraceRecorder(tmp_path / "b", Manifest(), 0).close()
+    with FolderLock(tmp_path / "new" / "c"):
+        assert (tmp_path / "new" / "c").is_dir()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import sys, time; from falcon_h1r.reasoning.lock import FolderLock\n"
+    code += "held = FolderLock(sys.argv[1]); print('held', flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another run writes"):
+            TraceRecorder(tmp_path, Manifest(), 0)
+        assert os.listdir(tmp_path) == [LOCK]
+    finally:
+        other.kill()
+        other.wait()
+    TraceRecorder(tmp_path, Manifest(), 0).close()
+
+
+def test_a_short_write_is_an_error_and_leaves_no_part(tmp_path):
+    writer = TraceRecorder(tmp_path, Manifest(), 0)
+    path = tmp_path / "traces.jsonl"
+    for trace in range(2):
+        writer.start([trace], [1])
+        writer.step(torch.tensor([trace]), torch.tensor([3]), torch.tensor([2.5]))
+    writer.end(0, "stop", "first")
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 600, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"traces\.jsonl"):
+            writer.end(1, "stop", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    writer.close({"done": "all"})
+    record = read_record(tmp_path)
+    assert record.complete and [trace.text for trace in record.traces] == ["first"]
+
+
+def test_a_write_in_pieces_is_whole(tmp_path, monkeypatch):
+    class Slow(io.FileIO):
+        def write(self, content):
+            return super().write(content[:7])
+
+    monkeypatch.setattr(recorder, "open", lambda path, *_, **__: Slow(path, "ab"), raising=False)
+    with TraceRecorder(tmp_path, Manifest(), 0) as writer:
+        writer.start([0], [1])
+    assert len(read_record(tmp_path).traces) == 1 and read_record(tmp_path).complete
 
 
 def test_records_in_a_folder(tmp_path):
