@@ -78,12 +78,8 @@ class Cache:
         """Bytes of all tensors, filled or not."""
         return sum(getattr(self, name).nbytes for name in TENSORS)
 
-    def layer(self, index: int) -> LayerCache:
-        """Views of one layer's tensors."""
-        return LayerCache(*(getattr(self, name)[index] for name in TENSORS))
-
     def layers(self) -> list[LayerCache]:
-        """`layer` of each, made once and together: one by one they are a hundred operators."""
+        """Views of each layer's tensors, made once and together: else they are many operators."""
         if self._layers is None:
             views = (getattr(self, name).unbind() for name in TENSORS)
             self._layers = [LayerCache(*layer) for layer in zip(*views)]

@@ -5,9 +5,8 @@
     3. `chunk_output`   y = M x + decay * (C state^T)
     4. `next_state`     state = decay * state + (x dt decay)^T B
 
-C B^T is formed once per group, and B and C are not copied to the heads. Axes are those of `ssd.py`,
-and two for batches of products: i the heads of all rows, m the products with the state
-(`state_products`).
+B and C are not copied to the heads of their group. Axes are those of `ssd.py`, and two for batches
+of products: i the heads of all rows, m the products with the state (`state_products`).
 """
 
 import torch

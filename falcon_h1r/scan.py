@@ -1,7 +1,4 @@
-"""The chunked scan of `ssd.py`, tuned for a CPU: TORCH's `ssd_scan`.
-
-The steps of a chunk stand in `chunk.py`, the backward in `gradients.py`.
-"""
+"""The chunked scan of `ssd.py` tuned for a CPU: chunks by `chunk.py`, backward by `gradients.py`."""
 
 import torch
 from einops import rearrange
@@ -31,8 +28,8 @@ def ssd_scan(
         return without_autocast(ssd_scan, **locals())
     inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
     if seq_idx_bl is not None and not all(t.isfinite().all() for t in inputs[:5]):
-        options = {"initial_state_bhpn": initial_state_bhpn, "seq_idx_bl": seq_idx_bl}
-        return ssd_recurrent(*inputs[:6], **options)  # a product would carry NaN to neighbours
+        # 0 * NaN is NaN: a product over a chunk would carry it to neighbours.
+        return ssd_recurrent(*inputs[:6], initial_state_bhpn=inputs[6], seq_idx_bl=seq_idx_bl)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return with_gradients(ssd_scan, chunk_size, *inputs)
     b, l, h, p, g, n = check_shapes(*inputs)

@@ -47,6 +47,28 @@ def test_the_convolution(table, bad):
     assert torch.equal(found[:, 7:], expected[:, 7:]) and torch.equal(new_window, window)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("document", [0, 1, 2])
+@pytest.mark.parametrize("table", [REFERENCE, TORCH], ids=repr)
+def test_a_whole_model(table, document, bad):
+    """Logits of other documents, of this one before the place, and what blocks learn of them."""
+    model = make_model(make_config("two_groups"), ops=table)
+    seq_idx = (torch.arange(30) // 10)[None]
+    embeds, place = model.embed(random_ids(model.config, 1, 30)).detach(), 10 * document + 4
+    kept = (seq_idx[0] != document) | (torch.arange(30) < place)
+    found = []
+    for value in (embeds[0, place, 7].item(), bad):
+        embeds[0, place, 7] = value
+        model.zero_grad()
+        logits = model(inputs_embeds=embeds, seq_idx=seq_idx)
+        logits[:, kept].logsumexp(-1).sum().backward()
+        own = [p.grad.flatten() for p in model.model["layers"].parameters()]
+        found.append((logits[:, kept].detach(), torch.cat(own)))
+    assert relative_error(found[1][0], found[0][0]) < 1e-5
+    assert relative_error(found[1][1], found[0][1]) < 1e-5
+    assert not logits[:, ~kept].isfinite().any()
+
+
 @pytest.mark.parametrize("table", [REFERENCE, TORCH], ids=repr)
 @torch.no_grad()
 def test_a_huge_A_log_is_finite_as_in_float64(table):

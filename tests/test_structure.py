@@ -22,7 +22,7 @@ ROOMS = [
     ["checks", "config_keys", "files", "precision", "presets", "table_names", "tables"],
     ["json_file"],
     ["norm", "rope", "tensor_file"],
-    ["attention", "chunk", "conv", "ssd", "mlp", "cache_file"],
+    ["attention", "chunk", "conv", "documents", "ssd", "mlp", "cache_file"],
     ["gradients", "cache", "mamba2"],
     ["scan"],
     ["block", "cpu"],

@@ -88,7 +88,7 @@ def bind(model: FalconH1ForCausalLM, inputs: dict[str, Any], compiled: bool = Fa
     """The block's forward over a private cache."""
     block = model.model["layers"][0]
     cache = copy_of(inputs["cache"], model.dtype)
-    layer, x = cache.layer(0), inputs["x_bld"].to(model.dtype)
+    layer, x = cache.layers()[0], inputs["x_bld"].to(model.dtype)
     wide = torch.promote_types(model.dtype, torch.float32)
     span = Span.plan(model.config, cache, x, None, None, wide)
     forward = block

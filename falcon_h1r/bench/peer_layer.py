@@ -48,7 +48,7 @@ def _bind(model, inputs: dict[str, Any]) -> Bound:
 
         return Bound(begin, lambda out: (out, caches[0].layers[0].recurrent_states[0]))
 
-    cache, own = dynamic_cache(config=config), inputs["cache"].layer(0)
+    cache, own = dynamic_cache(config=config), inputs["cache"].layers()[0]
     few = torch.arange(SEED_TOKENS, device=x.device)[None]
     seed = x.new_zeros(w.batch, SEED_TOKENS, x.shape[-1])
     layer(seed, use_cache=True, position_embeddings=rotary(seed, few), **{name: cache})
