@@ -22,7 +22,7 @@ from .config import FalconH1Config
 from .mamba2 import Mamba2Mixer
 from .norm import RMSNorm
 from .ops import Ops, default_table, table
-from .precision import compute_dtype, scaled
+from .precision import autocasts, compute_dtype, scaled
 
 
 class FalconH1ForCausalLM(nn.Module):
@@ -114,7 +114,7 @@ class FalconH1ForCausalLM(nn.Module):
         padding, which may stand before or after a row's tokens but not between them; None means all
         real. A row gives what it would give alone; padding is never cached, and its logits are 0.
         cache: from `new_cache`, with one row per row of input_ids. It holds values, no graph,
-        and is overwritten in place: no gradient comes back through a forward with a cache.
+        and is overwritten in place: a forward with a cache gives logits without a gradient.
         logits_to_keep: 0 for all positions; k for the last k real tokens of each row (zeros in
         front of shorter rows).
         seq_idx: (b, l) integers, equal inside a document: several documents packed into one row,
@@ -126,6 +126,12 @@ class FalconH1ForCausalLM(nn.Module):
         of another model, full, or in which a forward was interrupted, and a row longer than
         max_position_embeddings.
         """
+        if cache is not None and torch.is_grad_enabled():
+            options = {"seq_idx": seq_idx, "inputs_embeds": inputs_embeds}
+            with torch.no_grad():
+                return FalconH1ForCausalLM.forward(
+                    self, input_ids, attention_mask, cache, logits_to_keep, **options
+                )
         tokens = self._tokens(input_ids, inputs_embeds)
         shape = tokens.shape[:2]
         check_integer("logits_to_keep", logits_to_keep, 0)
@@ -137,6 +143,7 @@ class FalconH1ForCausalLM(nn.Module):
             seq_idx = self._documents(seq_idx, shape)
             if cache is not None or attention_mask is not None:
                 raise ValueError("seq_idx: packed documents take no cache and no attention_mask")
+        self._check_autocast()
         tokens, lengths, shift = _right_pad(tokens, attention_mask)
         span = Span.plan(self.config, cache, tokens, lengths, seq_idx, compute_dtype(self.dtype))
         if seq_idx is None:
@@ -208,6 +215,13 @@ class FalconH1ForCausalLM(nn.Module):
             self._check_positions(max(int(row.bincount().max()) for row in numbers))
         return numbers
 
+    def _check_autocast(self) -> None:
+        weight = self.model["embed_tokens"].weight
+        if autocasts(weight) and self.dtype in (torch.bfloat16, torch.float16):
+            other = torch.get_autocast_dtype(weight.device.type)
+            if other != self.dtype:
+                raise ValueError(f"torch.autocast to {other}: the model is in {self.dtype} already")
+
     def _check_positions(self, count: int) -> None:
         limit = self.config.max_position_embeddings
         if count > limit:
@@ -220,7 +234,11 @@ class FalconH1ForCausalLM(nn.Module):
         """A twin under another table, or the table of a name; parameters and buffers are shared.
 
         What changes the parameters of one - a cast, a move, training - changes them in both.
+        Raises ValueError for a module with a `forward` put on it, which a twin would share.
         """
+        for name, module in self.named_modules():
+            if "forward" in vars(module):
+                raise ValueError(f"{name or 'the model'}: its forward was replaced; take that off")
         ops = ops if isinstance(ops, Ops) else table(ops)
 
         def view(module):

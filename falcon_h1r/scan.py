@@ -1,4 +1,4 @@
-"""The chunked scan of `ssd.py` tuned for a CPU: chunks by `chunk.py`, backward by `gradients.py`."""
+"""The chunked scan of `ssd.py` tuned for a CPU; steps: `chunk.py`, backward: `gradients.py`."""
 
 import torch
 from einops import rearrange

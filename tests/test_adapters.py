@@ -113,3 +113,11 @@ def test_compiled_forms_refuse_hooks_that_come_later(name):
     with pytest.raises(ValueError, match="a module was replaced"):
         step(ids[:, 3])
     assert int(cache.lengths[0]) == 12
+
+
+def test_a_twin_of_a_model_with_a_replaced_forward_is_refused():
+    model = make_model(make_config())
+    layer = model.model["layers"][1].feed_forward
+    layer.forward = layer.forward
+    with pytest.raises(ValueError, match=r"layers\.1\.feed_forward: its forward was replaced"):
+        model.under("reference")

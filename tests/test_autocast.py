@@ -172,3 +172,12 @@ def test_compiled_forms_refuse_autocast():
         with pytest.raises(ValueError, match=r"CompiledPrefill: torch\.autocast is on"):
             prefill(random_ids(model.config, 1, 5), cache=cache)
     assert int(cache.lengths[0]) == 0
+
+
+@pytest.mark.parametrize("own, other", [("bfloat16", "float16"), ("float16", "bfloat16")])
+def test_a_narrow_model_is_not_cast_to_the_other_narrow_dtype(own, other):
+    model = make_model(make_config(), dtype=getattr(torch, own))
+    ids = random_ids(model.config, 1, 5)
+    refused = pytest.raises(ValueError, match=f"autocast to torch.{other}: the model is in")
+    with torch.autocast("cpu", dtype=getattr(torch, other)), refused:
+        model(ids)

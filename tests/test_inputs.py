@@ -107,3 +107,15 @@ def test_a_row_ends_at_max_position_embeddings():
 def test_a_cache_beyond_all_memory_is_refused(size):
     with pytest.raises(ValueError, match=r"a cache of \d+ x \d+ tokens: cpu has no"):
         model().new_cache(*size)
+
+
+@pytest.mark.parametrize("table", ["reference", "torch"])
+def test_logits_behind_a_cache_have_no_gradient_under_any_table(table):
+    one = model().under(table)
+    cache = one.new_cache(1, 9)
+    for ids in (IDS, IDS[:, :1]):
+        logits = one(ids, cache=cache)
+        assert not logits.requires_grad
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            logits.sum().backward()
+    assert one(IDS).requires_grad
