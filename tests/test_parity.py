@@ -127,8 +127,8 @@ def test_every_module_in_float32(variant):
 
     A multiplier acts in the parent, outside the hooked module, in both (attention_in before
     self_attn's input, ssm_in inside mamba before in_proj, the others after the module). Not
-    compared: mamba.conv1d, whose weights both use without calling it. A tied head is no module of
-    ours; the logits stand for it.
+    compared: mamba.conv1d, whose weights transformers uses without calling it. A tied head is no
+    module of ours; the logits stand for it.
     """
     model = make_model(make_config(variant))
     ids = random_ids(model.config, 2, 45)
@@ -136,7 +136,7 @@ def test_every_module_in_float32(variant):
     witness = outputs_by_module(make_witness(model), ids, use_cache=False)
     truth = outputs_by_module(same_weights(model, ops=REFERENCE, dtype=torch.float64), ids)
     names = expected_modules(model.config)
-    assert set(ours) == names | {""}
+    assert {name for name in ours if not name.endswith("conv1d")} == names | {""}
     ours["logits"], truth["logits"] = ours.pop(""), truth.pop("")
     witness["logits"] = witness.pop("").logits
     for name in [*sorted(names - {"model.embed_tokens"}), "logits"]:

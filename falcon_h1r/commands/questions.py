@@ -6,7 +6,7 @@ import math
 import string
 from typing import NamedTuple
 
-from ..checks import check_text
+from ..checks import check_text, shown
 
 _KEYS = {
     "question": ("question", "problem"),
@@ -44,7 +44,7 @@ def read_questions(path: str, suffix: str | None = None) -> dict[int, Entry]:
             place = f"{path}, line {number}"
             entry = _entry(json_object(line, place), place, suffix)
             if entry.id is not None and entry.id in ids:
-                raise ValueError(f"{place}: id {entry.id!r} is there twice")
+                raise ValueError(f"{place}: id {shown(entry.id)} is there twice")
             ids.add(entry.id)
             entries[number] = entry
     if not entries:
@@ -59,7 +59,9 @@ def with_suffix(text: str, suffix: str | None) -> str:
 def _entry(values: dict, place: str, suffix: str | None) -> Entry:
     for key in values:
         if key not in KEYS:
-            raise ValueError(f"{place}: key {key!r} is unknown, expected some of {', '.join(KEYS)}")
+            raise ValueError(
+                f"{place}: key {shown(key)} is unknown, expected some of {', '.join(KEYS)}"
+            )
     asked = [key for key in _KEYS["question"] if key in values]
     if len(asked) != 1:
         raise ValueError(f'{place}: expected {{"question": text, ...}}, or "problem" instead')

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..checks import check_number
+from ..checks import check_number, shown
 from .notation import normal_form
 from .verifier import VERIFIER, installed, too_hard
 
@@ -82,7 +82,7 @@ class Equality:
     def __init__(self, rule: str = "auto"):
         name = rule.split(" ")[0]
         if name not in ("auto", "exact", "math-verify"):
-            raise ValueError(f"rule {rule!r}: known are auto, exact and math-verify")
+            raise ValueError(f"rule {shown(rule)}: known are auto, exact and math-verify")
         self._verifies = name != "exact" and installed()
         if name == "math-verify" and not self._verifies:
             raise ValueError(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from ..checks import shown
+
 Extractor = Callable[[str], "str | None"]
 
 _TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -156,7 +158,7 @@ def make_extractor(spec: str) -> Extractor:
         try:
             pattern = re.compile(spec[3:], re.DOTALL)
         except re.error as error:
-            raise ValueError(f"extractor {spec!r}: {error}") from error
+            raise ValueError(f"extractor {shown(spec)}: {error}") from error
 
         def by_pattern(text: str) -> str | None:
             found = [m[1] if pattern.groups else m[0] for m in pattern.finditer(text)]
@@ -167,7 +169,7 @@ def make_extractor(spec: str) -> Extractor:
     unknown = [name for name in names if name not in EXTRACTORS]
     if unknown:
         known = ", ".join(EXTRACTORS)
-        raise ValueError(f"extractor {unknown[0]!r}: known are {known} and re:PATTERN")
+        raise ValueError(f"extractor {shown(unknown[0])}: known are {known} and re:PATTERN")
 
     def by_names(text: str) -> str | None:
         answers = (EXTRACTORS[name](text) for name in names)

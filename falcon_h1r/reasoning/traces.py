@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checks import is_integer
+from ..checks import is_integer, shown
 from .confidence import TOP_K, token_confidence
 from .online import CONSENSUS, INTERRUPTED, LOW, NATURAL
 
@@ -141,7 +141,9 @@ def read_record(folder: str | Path, tensors: bool = True) -> Record:
                 raise ValueError(f"{place}: closes another number of traces than {len(traces)}")
             steps = end.get("steps")
             if type(steps) is not int or not _steps(traces) <= steps <= MOST_STEPS:
-                raise ValueError(f"{place}: closes after {steps} steps, which are not the traces'")
+                raise ValueError(
+                    f"{place}: closes after {shown(steps)} steps, which are not the traces'"
+                )
             continue
         traces.append(_read_trace(folder, line, place, manifest, tensors))
     traces.sort(key=lambda trace: trace.number)
@@ -177,11 +179,15 @@ def _read_manifest(folder: Path) -> Manifest:
     if values.pop("format", None) != FORMAT:
         raise ValueError(f"{path}: not a trace record of falcon_h1r")
     if (version := values.pop("version", None)) != VERSION:
-        raise ValueError(f"{path}: version {version!r} of the format, this code reads {VERSION}")
+        raise ValueError(
+            f"{path}: version {shown(version)} of the format, this code reads {VERSION}"
+        )
     _check_sum(values, str(path))
     known = {entry.name for entry in fields(Manifest)}
     if set(values) != known:
-        raise ValueError(f"{path}: expected the fields {sorted(known)}, found {sorted(values)}")
+        raise ValueError(
+            f"{path}: expected the fields {sorted(known)}, found {shown(sorted(values))}"
+        )
     counts = [values[name] for name in ("k", "k_least", "prompt_tokens", "seed")]
     texts = [values[name] for name in ("question", "prompt", "reference", "model")]
     good = all(v is None or (type(v) is int and v >= 0) for v in counts) and values["k"]
@@ -242,7 +248,9 @@ def _read_trace(
         if not isinstance(line.get(name, ...), kind) or isinstance(line[name], bool):
             raise ValueError(f"{place}: field {name!r} is missing or of another kind")
     if not 0 <= line["trace"] < MOST_TRACES or line["reason"] not in REASONS:
-        raise ValueError(f"{place}: trace {line['trace']} with reason {line['reason']!r}")
+        raise ValueError(
+            f"{place}: trace {shown(line['trace'])} with reason {shown(line['reason'])}"
+        )
     path = folder / file_name(line["trace"])
     stored = _read_tensors(path, line["sha256"])
     for name, dtype in {**_TENSORS, **(_TOP if "top_ids" in stored else {})}.items():
@@ -252,7 +260,7 @@ def _read_trace(
         if not good or len(tensor) != line["tokens"]:
             raise ValueError(f"{path}: tensor {name!r} is missing or of another shape or dtype")
     if set(stored) not in (set(_TENSORS), {*_TENSORS, *_TOP}):
-        raise ValueError(f"{path}: holds {sorted(stored)}")
+        raise ValueError(f"{path}: holds {shown(sorted(stored))}")
     if not 0 <= line["start"] <= MOST_STEPS:
         raise ValueError(f"{place}: starts before step {line['start']}, expected 0 .. {MOST_STEPS}")
     steps, confidence = stored["steps"], stored["confidence"]
@@ -297,12 +305,14 @@ def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     try:
         stored = deserialize(content)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from error
+        raise ValueError(f"{path}: not a safetensors file: {shown(str(error))}") from error
     tensors = {}
     for name, values in stored:
         dtype, shape = _DTYPES.get(values["dtype"]), values["shape"]
         if dtype is None or not 1 <= len(shape) <= 2:
-            raise ValueError(f"{path}: tensor {name!r} is missing or of another shape or dtype")
+            raise ValueError(
+                f"{path}: tensor {shown(name)} is missing or of another shape or dtype"
+            )
         data = values["data"]
         empty = torch.empty(shape, dtype=dtype)
         tensors[name] = torch.frombuffer(data, dtype=dtype).reshape(shape) if data else empty

@@ -18,7 +18,6 @@ def test_channels_too_far_apart():
         "rms_norm": lambda x: TRITON.rms_norm(x, weight[:, 0], 1e-5),
         "gated_rms_norm": lambda x: TRITON.gated_rms_norm(x, x, weight[:, 0], 1e-5),
         "causal_conv1d": lambda x: TRITON.causal_conv1d(x, weight),
-        "swiglu": lambda x: TRITON.swiglu(x, x),
     }
     for call in calls.values():
         with pytest.raises(ValueError, match=r"channels x stride < 2\^31"):
