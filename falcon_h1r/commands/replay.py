@@ -7,9 +7,10 @@ import sys
 from dataclasses import replace as changed
 
 from ..tables import aligned
-from .common import counting
+from .common import check_target, counting
+from .policy import MARGIN, add_policy_options, given_options
 from .terminal import print_json
-from .think_view import short
+from .think_view import few_voters, short
 
 
 def add_to(commands) -> None:
@@ -26,22 +27,17 @@ def add_to(commands) -> None:
         action="append",
         metavar="NAME",
         help="majority, a vote weighted by mean, lowest-group, bottom-10 or tail, deepconf-low, "
-        "deepconf-high, or deepconf with --eta; may be repeated; default: the recorded run's own, "
+        "deepconf-high, one of these with -authors, which no consensus ends, or deepconf with "
+        "--eta; may be repeated; default: the recorded run's own, "
         "or majority",
     )
     parser.add_argument("--compare", action="store_true", help="all policies, one row each")
-    numbers = parser.add_argument_group("numbers of the policies; default: the paper's")
-    numbers.add_argument(
-        "--eta", type=float, metavar="P", help="percentage of traces kept, the surest"
-    )
-    numbers.add_argument("--window", type=counting, metavar="N", help="tokens in a group")
-    numbers.add_argument("--tau", type=float, metavar="X", help="share of a consensus")
-    numbers.add_argument(
-        "--budget", type=counting, metavar="N", help="most traces; default: as many as there are"
-    )
-    numbers.add_argument("--warmup", type=counting, metavar="N", help="traces of the warm-up")
-    numbers.add_argument(
-        "--min-voters", type=counting, metavar="N", help="fewest voters of a consensus"
+    numbers = parser.add_argument_group("numbers of the policies, as `think` has them")
+    add_policy_options(
+        numbers,
+        budget="as many as there are",
+        window="the recorded run's, or 2048",
+        k="the record's, and no other",
     )
     numbers.add_argument(
         "--parallel",
@@ -88,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         from ..reasoning.plot import check_picture
 
         check_picture(args.plot)
+        check_target("--plot", args.plot, force=True)
     _import(args)
     folders = find_records(args.folder)
     records = [read_record(folder, tensors=False) for folder in folders]
@@ -101,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
     table = []
     for name, eta in _names(args, records):
         table.append(_row(args, name, eta, records, equalities))
+        for result in table[-1]["results"]:
+            if result.done == "consensus" and (text := few_voters(_voters(result))):
+                print(f"[{table[-1]['policy']}: {text}]", file=sys.stderr)
     if args.json:
         print_json(_document(args, records, equalities, table))
     else:
@@ -184,6 +184,11 @@ def _equality(record, rule: str | None):
     return Equality(record.manifest.rule if rule is None else rule)
 
 
+def _voters(result) -> int:
+    """How many traces had voted when the run was over."""
+    return sum(len(candidate.traces) for candidate in result.vote.candidates)
+
+
 def _remark(records, equalities) -> None:
     """What a reader of the table must know."""
     open_ended = sum(not record.complete for record in records)
@@ -197,7 +202,7 @@ def _remark(records, equalities) -> None:
 
 def _names(args: argparse.Namespace, records) -> list[tuple[str | None, float | None]]:
     """(policy, eta) of each row; a policy of None is the recorded run's own."""
-    from ..reasoning import MEASURES, PRESETS
+    from ..reasoning import MEASURES
 
     if args.compare:
         if args.policy:
@@ -208,7 +213,7 @@ def _names(args: argparse.Namespace, records) -> list[tuple[str | None, float | 
         if args.eta is not None:
             rows.append(("deepconf", args.eta))
         else:
-            rows += [(f"deepconf-{name}", None) for name in PRESETS]
+            rows += [("deepconf-low", None), ("deepconf-high", None)]
         if all(record.manifest.policy is not None for record in records):
             rows.insert(0, (None, None))
         return rows
@@ -242,25 +247,36 @@ def _label(row: dict) -> str:
 def _policy(args, name: str | None, eta: float | None, record):
     from ..reasoning import DeepConf, make_policy, recorded_policy
 
-    own = recorded_policy(record)
-    names = ("window", "tau", "budget", "warmup", "min_voters")
-    given = {name: getattr(args, name) for name in names}
-    given = {key: value for key, value in given.items() if value is not None}
-    if name is None:
+    own, given = recorded_policy(record), given_options(args)
+    if given.pop("k", record.manifest.k) != record.manifest.k:
+        raise ValueError(f"--k: the record has confidences of k {record.manifest.k} alone")
+    if name is None and isinstance(own, DeepConf):
         return changed(own, **given)
+    if name is None:
+        keep = {"keep": given.pop("eta")} if "eta" in given else {}
+        _refuse_online(given, own.weight)
+        return changed(own, **given, **keep)
     if own is not None and args.window is None:
         given["window"] = own.window
-    online = name.startswith("deepconf")
-    if args.compare and not online:
-        # A row of the comparison has what it has; the other rows take the rest.
-        given = {key: value for key, value in given.items() if key in ("window", "budget")}
-    policy = make_policy(name, eta=eta, **given)
-    if isinstance(policy, DeepConf):
-        policy = changed(policy, k=record.manifest.k)
-        if args.budget is None and len(record.traces) >= policy.warmup:
-            # As many as there are; too few for the warm-up are refused by the replay.
-            policy = changed(policy, budget=min(policy.budget, len(record.traces)))
+    given.pop("eta", None)
+    if eta is not None:
+        given["eta"] = eta
+    if not name.startswith("deepconf"):
+        if args.compare:
+            # A row of the comparison has what it has; the other rows take the rest.
+            given = {key: given[key] for key in ("window", "tail", "budget", "eta") if key in given}
+        return make_policy(name, **given)
+    policy = changed(make_policy(name, **{"margin": MARGIN, **given}), k=record.manifest.k)
+    if args.budget is None and len(record.traces) >= policy.warmup:
+        # As many as there are; too few for the warm-up are refused by the replay.
+        policy = changed(policy, budget=min(policy.budget, len(record.traces)))
     return policy
+
+
+def _refuse_online(given: dict, name: str) -> None:
+    for option in given:
+        if option not in ("window", "tail", "budget"):
+            raise ValueError(f"{option}: the policy {name} has none, the online ones have")
 
 
 def _replay(args, policy, record, equality):
@@ -334,6 +350,7 @@ def _result(result) -> dict:
         for name in "answer right tokens all_tokens traces stopped cut done order".split()
     }
     values["share"] = result.vote.share
+    values["voters"] = _voters(result)
     values["candidates"] = [candidate._asdict() for candidate in result.vote.candidates]
     values["online"] = None if result.online is None else result.online.to_dict()
     return values

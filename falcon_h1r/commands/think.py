@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from . import common
+from .policy import add_policy_options
 from .prompt import add_prompt_options
 from .terminal import print_json
 from .think_run import say, start_engine, start_question, votes
@@ -83,56 +84,31 @@ def add_to(commands) -> None:
 
 
 def _add_policy(parser: argparse.ArgumentParser) -> None:
-    counting = common.counting
     group = parser.add_argument_group(
         "policy",
         "Defaults are DeepConf's, except the temperature, 0.6, and top-p, 0.95, where the "
-        "checkpoint has none, and the window.",
+        "checkpoint has none, the window, and the margin.",
     )
     group.add_argument(
-        "--preset", choices=("low", "high"), help="stops many traces (default), or few"
+        "--preset",
+        choices=("low", "high", "low-authors", "high-authors"),
+        help="stops many traces (default), or few; the authors' code has no consensus that ends "
+        "all traces",
     )
     group.add_argument(
         "--policy",
-        choices="majority mean lowest-group bottom-10 tail deepconf deepconf-low deepconf-high"
-        "".split(),
+        choices="majority mean lowest-group bottom-10 tail deepconf deepconf-low deepconf-high "
+        "deepconf-low-authors deepconf-high-authors".split(),
         metavar="NAME",
         help="majority, or a vote weighted by mean, lowest-group, bottom-10 or tail: no trace is "
-        "stopped; or deepconf, deepconf-low, deepconf-high",
+        "stopped; or deepconf, deepconf-low, deepconf-high, or one of these with -authors",
     )
-    options = {
-        "--budget": (counting, "N", "most traces; default: 512, without DeepConf 64"),
-        "--warmup": (counting, "N", "traces that run to their end first; 16"),
-        "--window": (
-            counting,
-            "N",
-            "tokens in a group; default: 2048, or 1/32 of --max-new-tokens where that is less, at "
-            "least 8",
-        ),
-        "--tail": (counting, "N", "tokens in the tail; default: as the window"),
-        "--eta": (
-            float,
-            "P",
-            "percentage of the warm-up at or above the threshold; low 10, high "
-            "90. Without DeepConf: of the traces that vote",
-        ),
-        "--percentile": (float, "P", "where in the warm-up the threshold lies; default: 100 - eta"),
-        "--percentile-method": (str, "NAME", "between two traces, as in numpy; linear"),
-        "--margin": (float, "X", "nats that a group must be below the threshold by; 0"),
-        "--tau": (float, "X", "share of a consensus; 0.95"),
-        "--min-voters": (counting, "N", "fewest voters of a consensus; 1"),
-        "--weight": (str, "NAME", "of a vote: a measure, or majority; lowest-group"),
-        "--k": (counting, "N", "likeliest tokens in a token's confidence; 20"),
-    }
-    for name, (kind, metavar, help_text) in options.items():
-        group.add_argument(name, type=kind, metavar=metavar, help=help_text)
-    flags = {
-        "--no-consensus": "go on to the end of the budget",
-        "--no-filter": "traces below the threshold vote too",
-        "--no-filter-warmup": "those of the warm-up do",
-    }
-    for name, help_text in flags.items():
-        group.add_argument(name, action="store_true", help=help_text)
+    add_policy_options(
+        group,
+        budget="512, without DeepConf 64",
+        window="2048, or 1/32 of --max-new-tokens where that is less, at least 8",
+        k="20",
+    )
     group.add_argument(
         "--extractor",
         default="boxed",

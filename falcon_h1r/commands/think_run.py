@@ -37,6 +37,12 @@ def start_engine(args: argparse.Namespace, setup: Setup, questions: list[Asked])
         engine.end([number], "probe")
         engine.pop(number)
     say(args, common.describe(args, model), *[common.COMPILING] * args.compile)
+    if model.dtype.itemsize < 4 and getattr(setup.params, "margin", None) is not None:
+        say(
+            args,
+            "weights of 16 bits round confidences by more than the margin: another --rows, "
+            "--memory or --prefill-chunk may stop other traces",
+        )
     return engine
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..checks import check_text
 from . import common
+from .policy import MARGIN, given_options
 from .prompt import check_system, has_prompt, read_prompt, render
 from .questions import Entry, read_questions, with_suffix
 
@@ -23,10 +24,6 @@ TEMPERATURE, TOP_P = 0.6, 0.95
 SAMPLES = 64  # of plain sampling
 _UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate(["", "k", "M", "G", "T"])}}
 _UNITS.update({f"{p}iB": 1024**i for i, p in enumerate(["K", "M", "G", "T"], start=1)})
-# Of a `DeepConf`, by option; None keeps the preset's.
-_NUMBERS = (
-    "k window tail warmup budget eta percentile percentile_method margin tau min_voters weight"
-)
 
 
 class Asked(NamedTuple):
@@ -55,12 +52,11 @@ class Setup(NamedTuple):
     notes: list[str]
 
     def manifest(self, args: argparse.Namespace, asked: Asked) -> Manifest:
-        from ..reasoning import DeepConf, Manifest
+        from ..reasoning import Manifest
 
         sampling = asdict(self.sampling)
         for name in ("n", "seed", "logprobs", "stop_token_ids"):  # stands elsewhere, or is k
             del sampling[name]
-        online = isinstance(self.params, DeepConf)
         return Manifest(
             k=self.k,
             question=asked.text,
@@ -73,7 +69,7 @@ class Setup(NamedTuple):
             stop_token_ids=list(self.sampling.stop_token_ids),
             extractor=args.extractor,
             rule=self.equality.rule,
-            policy=self.params.to_dict() if online else None,
+            policy=self.params.to_dict(),
         )
 
     def policy(self, args: argparse.Namespace, asked: Asked):
@@ -166,6 +162,7 @@ def _check_files(args: argparse.Namespace) -> None:
 
     if args.plot is not None:
         check_picture(args.plot)
+        common.check_target("--plot", args.plot, force=True)
     if args.record is None:
         if args.record_top is not None:
             raise ValueError("--record-top: only with --record")
@@ -195,8 +192,7 @@ def _policy(args: argparse.Namespace, longest: int) -> tuple[DeepConf | Offline,
     from ..reasoning.confidence import TOP_K, WINDOW
     from ..reasoning.deepconf import MAJORITY
 
-    given = {name: getattr(args, name) for name in _NUMBERS.split()}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = given_options(args)
     notes = []
     if "window" not in given and (window := fitting_window(longest)) != WINDOW:
         given["window"] = window
@@ -205,18 +201,17 @@ def _policy(args: argparse.Namespace, longest: int) -> tuple[DeepConf | Offline,
             f"these have at most {longest}"
         )
     plain = args.policy in (MAJORITY, *MEASURES)
-    flags = {"no_consensus": "tau", "no_filter": "filter", "no_filter_warmup": "filter_warmup"}
-    for flag, name in flags.items():
-        if getattr(args, flag):
-            if name in given:
-                raise ValueError(f"--{flag.replace('_', '-')}: not with --{name}")
-            given[name] = None if name == "tau" else False
     if not plain:
         if args.policy is not None and args.preset is not None:
             raise ValueError("--policy, --preset: give one of the two")
         named = args.preset or (args.policy or "deepconf-low").removeprefix("deepconf").strip("-")
         base = PRESETS[named] if named else DeepConf()
-        params = replace(base, **given)
+        params = replace(base, **{"margin": MARGIN, **given})
+        if params.margin == 0:
+            notes.append(
+                "margin 0: the rounding of a confidence may decide which traces stop, and it "
+                "differs between numbers of rows and pieces of a prompt"
+            )
         return params, params.k, notes
     if args.preset is not None:
         raise ValueError(f"--preset: of DeepConf, the policy is {args.policy}")

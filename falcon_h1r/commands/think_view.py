@@ -130,7 +130,17 @@ def voting(result) -> str:
         plain = isinstance(result.params, Offline)
         reason = "not among the surest" if plain else "below the threshold"
         text += f", {count['left_out']} of those {reason}"
+    if result.done == "consensus" and (few := few_voters(count["voted"])):
+        text += f"\n{few}"
     return text
+
+
+def few_voters(count: int) -> str:
+    """What is to be said where so few traces had voted when a consensus ended a run; "" of more."""
+    if count >= 4:
+        return ""
+    voters = "one vote" if count == 1 else f"{count} votes"
+    return f"the consensus is of {voters}: --min-voters asks for more, --no-consensus for all"
 
 
 def _verdict(result, right: bool | None) -> str:

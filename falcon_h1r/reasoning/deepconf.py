@@ -134,6 +134,9 @@ class DeepConf(_Policy):
 PRESETS: dict[str, DeepConf] = {
     "low": DeepConf(eta=10.0),  # strict: at the 90th percentile of the warm-up
     "high": DeepConf(eta=90.0),  # lenient: at the 10th
+    # As the authors' code: no consensus ends the run, all traces of the budget are started.
+    "low-authors": DeepConf(eta=10.0, tau=None),
+    "high-authors": DeepConf(eta=90.0, tau=None),
 }
 
 

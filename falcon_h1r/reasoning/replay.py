@@ -58,46 +58,35 @@ class Replayed:
     online: OnlineResult | None = None
 
 
-def make_policy(
-    name: str,
-    *,
-    window: int | None = None,
-    eta: float | None = None,
-    tau: float | None = None,
-    budget: int | None = None,
-    warmup: int | None = None,
-    min_voters: int | None = None,
-) -> Offline | DeepConf:
-    """A policy by its name in `POLICIES`; what is None keeps its default.
+def make_policy(name: str, **options) -> Offline | DeepConf:
+    """A policy by its name in `POLICIES`; what is not given keeps its default.
 
-    eta: percentage of traces kept: by the filter of an offline policy, or of `deepconf`'s warm-up.
-    A majority keeps by the lowest group. tau, warmup, min_voters: of the online ones only.
+    options: fields of `DeepConf`. eta: percentage of traces kept: by the filter of an offline
+    policy, or of `deepconf`'s warm-up. A majority keeps by the lowest group. An offline policy has
+    eta, window, tail and budget alone.
     Raises ValueError for an unknown name, and for an option that the policy has not.
     """
-    if name in (MAJORITY, *MEASURES):
-        online = {"tau": tau, "warmup": warmup, "min_voters": min_voters}
-        for option, value in online.items():
-            if value is not None:
-                raise ValueError(f"{option}: the policy {name} has none, the online ones have")
-        keep_by = "lowest-group" if name == MAJORITY and eta is not None else None
-        options = {} if window is None else {"window": window}
-        return Offline(weight=name, keep=eta, keep_by=keep_by, budget=budget, **options)
     if name not in POLICIES:
         raise ValueError(f"policy {name!r}: known are {', '.join(POLICIES)}")
-    given = {"window": window, "eta": eta, "tau": tau, "budget": budget, "warmup": warmup}
-    given["min_voters"] = min_voters
-    given = {key: value for key, value in given.items() if value is not None}
-    if eta is not None and name in _ONLINE:
+    if name in (MAJORITY, *MEASURES):
+        keep = options.pop("eta", None)
+        for option in options:
+            if option not in ("window", "tail", "budget"):
+                raise ValueError(f"{option}: the policy {name} has none, the online ones have")
+        keep_by = "lowest-group" if name == MAJORITY and keep is not None else None
+        return Offline(weight=name, keep=keep, keep_by=keep_by, **options)
+    if "eta" in options and name in _ONLINE:
         raise ValueError(f"eta: {name} has its own, {_ONLINE[name].eta:g}; deepconf takes one")
-    return dataclasses.replace(_ONLINE.get(name, DeepConf()), **given)
+    return dataclasses.replace(_ONLINE.get(name, DeepConf()), **options)
 
 
-def recorded_policy(record: Record) -> DeepConf | None:
+def recorded_policy(record: Record) -> Offline | DeepConf | None:
     """The policy of the run that made the record; ValueError where it is none of ours."""
-    if record.manifest.policy is None:
+    values = record.manifest.policy
+    if values is None:
         return None
     try:
-        return DeepConf(**record.manifest.policy)
+        return (Offline if "keep" in values else DeepConf)(**values)
     except TypeError as error:
         raise ValueError(f"{record.folder}: its policy is unknown here: {error}") from error
 

@@ -8,6 +8,7 @@ import pytest
 from reasoning.synthetic import edit_manifest, make_pool, pool_of, record_pool, run_live
 from tiny_cli import run
 
+from falcon_h1r.commands.policy import MARGIN
 from falcon_h1r.reasoning import (
     DeepConf,
     Offline,
@@ -298,7 +299,7 @@ def test_min_voters_reach_the_policies(capsys, tmp_path):
     argv = ["replay", tmp_path / "r", "--window", 5, "--warmup", 4, "--json", "--min-voters", 9]
     _, out, _ = run(capsys, *argv, "--policy", "deepconf-low")
     (result,) = json.loads(out)["policies"][0]["results"]
-    params = DeepConf(k=4, window=5, warmup=4, budget=20, min_voters=9)
+    params = DeepConf(k=4, window=5, warmup=4, budget=20, min_voters=9, margin=MARGIN)
     assert result["online"]["params"] == params.to_dict()
     few = replay(read_record(tmp_path / "r"), dataclasses.replace(params, min_voters=1))
     assert few.tokens < result["tokens"]

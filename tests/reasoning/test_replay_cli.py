@@ -8,6 +8,7 @@ from reasoning.test_online import WARMUP, small
 from reasoning.test_openai import FOUR, choice, response
 from tiny_cli import run
 
+from falcon_h1r.commands.policy import MARGIN
 from falcon_h1r.reasoning import DeepConf, Offline, read_record, replay
 
 
@@ -48,7 +49,7 @@ def test_numbers_reach_the_policies(capsys, folder):
     argv += ["--budget", 15, "--parallel", 3, "--json"]
     status, out, _ = run(capsys, "replay", folder, *argv)
     document = json.loads(out)
-    params = DeepConf(k=4, eta=40.0, window=5, tau=0.9, warmup=4, budget=15)
+    params = DeepConf(k=4, eta=40.0, window=5, tau=0.9, warmup=4, budget=15, margin=MARGIN)
     expected = replay(read_record(folder), params, parallel=3)
     (row,) = document["policies"]
     (result,) = row["results"]

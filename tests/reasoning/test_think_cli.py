@@ -1,5 +1,6 @@
 """`falcon-h1r think`, mostly over the deterministic engine, and h1r-pico on the real one."""
 
+import dataclasses
 import io
 import json
 import math
@@ -15,6 +16,7 @@ from reasoning.synthetic import make_pool, pool_of
 from tiny_cli import Terminal, interrupting, run
 
 from falcon_h1r.commands import common, think_view
+from falcon_h1r.commands.policy import MARGIN
 from falcon_h1r.ops import TORCH
 from falcon_h1r.reasoning import (
     DeepConf,
@@ -26,6 +28,7 @@ from falcon_h1r.reasoning import (
     TraceRecorder,
     find_records,
     read_record,
+    recorded_policy,
     replay,
     wilson_interval,
 )
@@ -60,7 +63,7 @@ def faked(monkeypatch):
 
 NUMBERS = ["--k", 4, "--window", 5, "--warmup", 4, "--budget", 14, "--eta", 40, "--tau", 0.9]
 NUMBERS += ["--rule", "exact"]
-PARAMS = DeepConf(k=4, window=5, warmup=4, budget=14, eta=40.0, tau=0.9)
+PARAMS = DeepConf(margin=MARGIN, k=4, window=5, warmup=4, budget=14, eta=40.0, tau=0.9)
 ASK = ["think", QUESTION, *NUMBERS, "--seed", 0]
 
 
@@ -179,7 +182,7 @@ def test_json(capsys, faked, tmp_path):
 def test_every_number_of_deepconf(capsys, faked, argv, changes):
     base = ["--k", 4, "--window", 5, "--warmup", 4, "--budget", 14, "--seed", 0]
     status, out, _ = run(capsys, "think", QUESTION, *base, *argv, "--json", "--rule", "exact")
-    values = {**DeepConf(k=4, window=5, warmup=4, budget=14).to_dict(), **changes}
+    values = {**DeepConf(margin=MARGIN, k=4, window=5, warmup=4, budget=14).to_dict(), **changes}
     result = json.loads(out)["result"]
     assert status == 0 and result["params"] == values
     assert result == json.loads(json.dumps(expected(faked.pools[0], DeepConf(**values)).to_dict()))
@@ -202,14 +205,19 @@ def test_plain_sampling(capsys, faked, tmp_path, name, eta):
     votes = json.loads(out)["votes"]
     assert votes["voted"] == sum(len(c["traces"]) for c in candidates)
     assert (votes["left_out"] > 0) == (eta is not None) and votes["stopped"] == votes["cut"] == 0
-    assert read_record(tmp_path / "r").manifest.policy is None
+    record = read_record(tmp_path / "r")
+    assert record.manifest.policy == policy.to_dict() and recorded_policy(record) == policy
+    status, out, _ = run(capsys, "replay", tmp_path / "r", "--json")
+    (row,) = json.loads(out)["policies"]
+    assert row["policy"] == "recorded" and row["results"][0]["answer"] == replayed.answer
+    assert row["results"][0]["voters"] == votes["voted"]
 
 
 def test_defaults(capsys, faked, monkeypatch):
     faked.budget, faked.pools = 512, [make_pool(3, 512, k=20)]
     _, out, err = run(capsys, "think", QUESTION, "--json", "--seed", 0)
     params = json.loads(out)["result"]["params"]
-    assert params == DeepConf(window=8).to_dict()
+    assert params == DeepConf(margin=MARGIN, window=8).to_dict()
     assert "[window 8: a group of 2048 is for traces of up to 64 Ki tokens; these have" in err
     faked.budget = 64
     argv = ["think", QUESTION, "--policy", "mean", "--json", "--seed", 0, "--max-new-tokens", 640]
@@ -478,7 +486,7 @@ def paused(steps, seed=0):
     pool = pool_of(
         [[3.0] * 4, [5.0] * 4, [2.0] * 4, [4.25] * 6, [6.0] * 3], ["5", "5", "5", "1,000", "5"]
     )
-    params = DeepConf(k=1, window=2, warmup=2, budget=5, eta=90.0, tau=None)
+    params = DeepConf(margin=MARGIN, k=1, window=2, warmup=2, budget=5, eta=90.0, tau=None)
     policy = OnlinePolicy(params, seed=0)
     run = LiveRun(FakeEngine(lambda prompt, s: pool[s], max_rows=4), [Question([1], policy)])
     for _ in range(steps):
@@ -575,7 +583,7 @@ def test_pico_out_of_the_box(capsys, tmp_path):
     result = document["result"]
     assert result["done"] == "consensus" and len(result["traces"]) == 16
     record = read_record(tmp_path / "r")
-    again = replay(record, DeepConf(window=8))
+    again = replay(record, DeepConf(margin=MARGIN, window=8))
     assert again.order == "recorded"
     assert json.loads(json.dumps(again.online.to_dict())) == result
 
@@ -590,7 +598,7 @@ def test_a_live_run_of_pico_is_its_replay(capsys, tmp_path):
     result = json.loads(out)["result"]
     assert status == 0 and len(result["traces"]) == 40
     record = read_record(tmp_path / "r")
-    params = DeepConf(k=4, window=8, budget=40, tau=None)
+    params = DeepConf(margin=MARGIN, k=4, window=8, budget=40, tau=None)
     assert json.loads(json.dumps(replay(record, params).online.to_dict())) == result
     assert {trace["reason"] for trace in result["traces"]} == {"stop", "low_confidence"}
     # Confidences from full logits of the plain model, in float64.
@@ -618,7 +626,7 @@ def test_ctrl_c_in_a_step_of_pico(capsys, tmp_path, monkeypatch):
     record = read_record(tmp_path / "r")
     assert status == 130 and out.startswith("no answer: ") and record.complete
     assert [t.reason for t in record.traces] == ["interrupted"] * 16
-    params = DeepConf(window=8)
+    params = DeepConf(margin=MARGIN, window=8)
     result = replay(record, params).online
     assert result.done == "interrupted" and result.tokens == record.tokens > 0
 
@@ -653,3 +661,58 @@ def test_a_damaged_last_line_is_noted(capsys, faked, tmp_path):
         file.truncate(file.seek(0, io.SEEK_END) - 5)
     status, out, err = run(capsys, "replay", folder)
     assert status == 0 and "recorded" in out and "cut short, left out" in err
+
+
+def test_think_and_replay_have_the_same_options_of_a_policy():
+    """Whatever `think` may be told of its policy, `replay` may too."""
+    from falcon_h1r.cli import build_parser
+
+    parsers = next(iter(build_parser()._subparsers._group_actions)).choices
+    of = {
+        name: {o for a in parsers[name]._actions for o in a.option_strings}
+        for name in ("think", "replay")
+    }
+    fields = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(DeepConf)}
+    flags = {"--no-consensus", "--no-filter", "--no-filter-warmup"}
+    assert fields - {"--filter", "--filter-warmup"} | flags <= of["think"] & of["replay"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--tail", 3, "--weight", "tail"],
+        ["--percentile", 20, "--percentile-method", "lower"],
+        ["--margin", 0.3, "--min-voters", 5],
+        ["--no-consensus", "--no-filter", "--no-filter-warmup"],
+        ["--preset", "low-authors"],
+    ],
+)
+def test_a_replay_with_the_options_of_a_run_is_the_run(capsys, faked, tmp_path, argv):
+    base = ["--k", 4, "--window", 5, "--warmup", 4, "--budget", 14, "--rule", "exact"]
+    whole = ["--policy", "majority", "--k", 4, "--window", 5, "--budget", 14, "--rule", "exact"]
+    status, _, err = run(capsys, "think", QUESTION, *whole, "--seed", 0, "--record", tmp_path / "a")
+    assert status == 0, err
+    _, out, _ = run(capsys, "think", QUESTION, *base, "--seed", 0, *argv, "--json")
+    live = json.loads(out)["result"]
+    name = "deepconf-low-authors" if "--preset" in argv else "deepconf-low"
+    options = [] if "--preset" in argv else argv
+    argv = ["replay", tmp_path / "a", *base, "--policy", name, *options, "--parallel", 14, "--json"]
+    status, out, err = run(capsys, *argv)
+    assert status == 0, err
+    (result,) = json.loads(out)["policies"][0]["results"]
+    assert result["online"]["params"] == live["params"]
+    assert (result["answer"], result["stopped"]) == (
+        live["answer"],
+        sum(trace["reason"] == "low_confidence" for trace in live["traces"]),
+    )
+
+
+def test_few_voters_of_a_consensus_are_told(capsys, faked):
+    status, out, _ = run(capsys, *ASK, "--tau", 0.01)
+    assert status == 0 and "the consensus is of" in out and "--min-voters asks for more" in out
+    assert think_view.few_voters(4) == "" and "2 votes" in think_view.few_voters(2)
+
+
+def test_a_margin_of_0_is_remarked(capsys, faked):
+    _, _, err = run(capsys, *ASK, "--margin", 0)
+    assert "[margin 0: the rounding of a confidence may decide which traces stop" in err
