@@ -122,7 +122,7 @@ class _Back:
         self.groups, self.products = (b, g, h // g), state_products(b, h, g)
         self.A_gr1 = A.to(self.work).view(g, -1, 1)
         made = (x, dt, B, C)
-        self.dx, self.ddt, self.dB, self.dC = (torch.empty_like(t) for t in made)
+        self.dx, self.ddt, self.dB, self.dC = (t.new_empty(t.shape) for t in made)
         self.dA = torch.zeros(b, g, h // g, dtype=torch.float64, device=x.device)
         self.dD = None if D is None else torch.zeros_like(self.dA)
 

@@ -22,7 +22,7 @@ def compute_dtype(of: torch.Tensor | torch.dtype) -> torch.dtype:
 
 def autocasts(tensor: torch.Tensor) -> bool:
     """Whether torch.autocast is on for the tensor's device: products would take its dtype."""
-    return torch.is_autocast_enabled(tensor.device.type)
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 def without_autocast(operator: Callable, **arguments):

@@ -7,9 +7,8 @@ from typing import Any
 
 from .common import counting
 
-# Nats. What a confidence differs by between batches of other widths is some 1e-6 in float32, so
-# with this margin the number of rows, the memory, the pieces of a prompt and a run that is taken up
-# again do not decide which traces stop.
+# Nats. A warm-up trace lies at the threshold itself, so that the rounding of batches of other
+# widths (some 1e-6 in float32) decides about what is equal to it. A margin moves the edge away.
 MARGIN = 1e-4
 _OPTIONS = {
     "budget": (counting, "N", "most traces; default: {budget}"),

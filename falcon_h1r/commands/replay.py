@@ -265,8 +265,12 @@ def _policy(args, name: str | None, eta: float | None, record):
         if args.compare:
             # A row of the comparison has what it has; the other rows take the rest.
             given = {key: given[key] for key in ("window", "tail", "budget", "eta") if key in given}
+        elif args.no_consensus:
+            raise ValueError(f"--no-consensus: the policy {name} has none, the online ones have")
         return make_policy(name, **given)
     policy = changed(make_policy(name, **{"margin": MARGIN, **given}), k=record.manifest.k)
+    if args.no_consensus:
+        policy = changed(policy, tau=None)
     if args.budget is None and len(record.traces) >= policy.warmup:
         # As many as there are; too few for the warm-up are refused by the replay.
         policy = changed(policy, budget=min(policy.budget, len(record.traces)))

@@ -59,13 +59,14 @@ class Replayed:
 
 
 def make_policy(name: str, **options) -> Offline | DeepConf:
-    """A policy by its name in `POLICIES`; what is not given keeps its default.
+    """A policy by its name in `POLICIES`; what is None or not given keeps its default.
 
     options: fields of `DeepConf`. eta: percentage of traces kept: by the filter of an offline
     policy, or of `deepconf`'s warm-up. A majority keeps by the lowest group. An offline policy has
     eta, window, tail and budget alone.
     Raises ValueError for an unknown name, and for an option that the policy has not.
     """
+    options = {option: value for option, value in options.items() if value is not None}
     if name not in POLICIES:
         raise ValueError(f"policy {name!r}: known are {', '.join(POLICIES)}")
     if name in (MAJORITY, *MEASURES):

@@ -207,6 +207,9 @@ def test_policies_by_name():
         weight="tail", keep=90.0, window=7, budget=3
     )
     assert make_policy("deepconf-low") == DeepConf(eta=10.0)
+    for option in ("window", "eta", "tau", "budget", "warmup", "min_voters"):  # None: the default
+        assert make_policy("majority", **{option: None}) == Offline()
+        assert make_policy("deepconf-low", **{option: None}) == DeepConf(eta=10.0)
     assert make_policy("deepconf-high", tau=0.5) == DeepConf(eta=90.0, tau=0.5)
     assert make_policy("deepconf", eta=40.0, warmup=3, budget=9, window=5) == DeepConf(
         eta=40.0, warmup=3, budget=9, window=5
