@@ -53,6 +53,8 @@ def _poisoned_memory():
         @functools.wraps(make)
         def wrapper(*args, **kwargs):
             tensor = make(*args, **kwargs)
+            if torch.compiler.is_compiling():  # a graph may not hold the fill
+                return tensor
             if tensor.layout is torch.strided and not tensor.is_quantized:
                 with torch.no_grad():
                     if tensor.is_floating_point() or tensor.is_complex():

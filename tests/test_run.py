@@ -42,18 +42,31 @@ def test_the_run_is_exported(variant, strict):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("table, graded", [("inductor", False), ("torch", True)])
-def test_the_run_is_compiled_as_one_graph(table, graded):
-    """Without gradients under INDUCTOR, which is made for it: Inductor of torch 2.13 stops at the
-    scan of TORCH, which writes in place, in a graph of several layers."""
+@pytest.mark.parametrize("table", ["torch", "inductor"])
+@torch.no_grad()
+def test_the_run_is_compiled_as_one_graph(table):
     model = make_model(make_config("two_groups")).eval()
     ids = random_ids(model.config, 2, 13)
     span = plain_span(model, ids)
     torch._dynamo.reset()
     compiled = torch.compile(Run(model.under(table), span), fullgraph=True)
-    with torch.set_grad_enabled(graded):
-        found, expected = compiled(ids, span.cos_bli, span.sin_bli), model(ids)
+    assert relative_error(compiled(ids, span.cos_bli, span.sin_bli), model(ids)) < 1e-5
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_run_and_its_backward_are_compiled_as_one_graph_each():
+    model = make_model(make_config("two_groups")).train()
+    ids = random_ids(model.config, 2, 13)
+    span = plain_span(model, ids)
+    torch._dynamo.reset()
+    compiled = torch.compile(Run(model, span), fullgraph=True)
+    weights = list(model.parameters())
+    found = compiled(ids, span.cos_bli, span.sin_bli)
+    expected = model(ids)
     assert relative_error(found.detach(), expected.detach()) < 1e-5
+    pairs = zip(*(torch.autograd.grad(y.square().sum(), weights) for y in (found, expected)))
+    assert max(relative_error(one, other) for one, other in pairs) < 1e-5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
