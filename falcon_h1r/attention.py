@@ -5,12 +5,14 @@ s positions attended to, e head size.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as _fused
 
+from .documents import attention_apart
 from .precision import autocasts, compute_dtype, without_autocast
 
 
+@attention_apart
 def attention_reference(
     q_bhle: Tensor,
     k_bjse: Tensor,
@@ -39,17 +41,16 @@ def attention_reference(
     return (probabilities @ v).to(q_bhle.dtype)
 
 
+@attention_apart
 def attention(q_bhle, k_bjse, v_bjse, *, query_offset_b=None, seq_idx_bl=None) -> Tensor:
     """`attention_reference` through torch's fused attention; same arguments."""
     if autocasts(q_bhle):
         return without_autocast(attention, **locals())
     l, s = q_bhle.shape[2], k_bjse.shape[2]
-    if query_offset_b is None and seq_idx_bl is None:
-        assert l == s, (l, s)
-        where = {"is_causal": True}
-    else:
-        where = {"attn_mask": visible_keys(l, s, query_offset_b, seq_idx_bl, q_bhle.device)}
-    return F.scaled_dot_product_attention(q_bhle, k_bjse, v_bjse, **where, enable_gqa=True)
+    alone = query_offset_b is None and seq_idx_bl is None
+    assert l == s or not alone, (l, s)
+    mask = None if alone else visible_keys(l, s, query_offset_b, seq_idx_bl, q_bhle.device)
+    return _fused(q_bhle, k_bjse, v_bjse, mask, is_causal=alone, enable_gqa=True)
 
 
 def decode_attention_reference(
@@ -74,9 +75,7 @@ def decode_attention(q_bhe, k_bjse, v_bjse, lengths_b=None) -> Tensor:
     mask = None
     if lengths_b is not None:
         mask = (torch.arange(s, device=q_bhe.device) < lengths_b[:, None])[:, None, None]
-    q_bjre = q_bhe.view(b, j, h // j, e)
-    o = F.scaled_dot_product_attention(q_bjre, k_bjse, v_bjse, attn_mask=mask)
-    return o.reshape(b, h, e)
+    return _fused(q_bhe.view(b, j, h // j, e), k_bjse, v_bjse, mask).reshape(b, h, e)
 
 
 def visible_keys(l: int, s: int, query_offset_b, seq_idx_bl, device) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import FalconH1Attention
-from .documents import lost_positions
+from .documents import filled, lost_positions
 from .mamba2 import Mamba2Mixer
 from .mlp import FalconH1MLP
 from .norm import RMSNorm
@@ -31,12 +31,12 @@ class HybridBlock(nn.Module):
         ssm_in_multiplier acts inside the mixer, after the norm; attention_in_multiplier here.
         """
         if span.seq_idx_bl is not None:
-            lost_bl1 = lost_positions(x_bld, span.seq_idx_bl)
-            x_bld = x_bld.masked_fill(lost_bl1, 0)
+            lost_bl = lost_positions(span.seq_idx_bl, x_bld)
+            x_bld = filled(x_bld, lost_bl)
         normed = self.input_layernorm(x_bld)
         mamba = scaled(self.mamba(normed, span, layer).to(x_bld.dtype), self.ssm_out_multiplier)
         attention = self.self_attn(scaled(normed, self.attention_in_multiplier), span, layer)
         attention = scaled(attention.to(x_bld.dtype), self.attention_out_multiplier)
         x_bld = x_bld + (mamba + attention)
         x_bld = x_bld + self.feed_forward(self.pre_ff_layernorm(x_bld))
-        return x_bld if span.seq_idx_bl is None else x_bld.masked_fill(lost_bl1, torch.nan)
+        return x_bld if span.seq_idx_bl is None else filled(x_bld, lost_bl, torch.nan)

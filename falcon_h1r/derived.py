@@ -54,15 +54,17 @@ def follow_states(
     work = compute_dtype(x_blhp)
     written_blhp = dt_blh.to(work)[..., None] * x_blhp.to(work)
     kept_blh = (dt_blh.to(work) * A_h.to(work)).exp()
-    if seq_idx_bl is not None:  # nothing is kept from another document
+    same_bl = None
+    if seq_idx_bl is not None:
         same_bl = F.pad(seq_idx_bl[:, 1:] == seq_idx_bl[:, :-1], (1, 0), value=True)
-        kept_blh = kept_blh * same_bl[..., None]
     B_blhn = B_blgn.to(work).repeat_interleave(h // g, dim=2)
     state = torch.zeros(b, h, p, n, dtype=work, device=x_blhp.device)
     if initial_state_bhpn is not None:
         state = initial_state_bhpn.to(work)
     for t in range(l):
         update = written_blhp[:, t, :, :, None] * B_blhn[:, t, :, None]
+        if same_bl is not None:  # nothing is kept from another document, not even 0 * NaN
+            state = state.where(same_bl[:, t, None, None, None], 0)
         state = kept_blh[:, t, :, None, None] * state + update
         yield state
 

@@ -14,9 +14,10 @@ from .chunk import (
     next_state,
     state_products,
 )  # fmt: skip
+from .documents import with_lost, without_lost
 from .gradients import with_gradients
 from .precision import autocasts, compute_dtype, without_autocast
-from .ssd import check_shapes, ssd_recurrent
+from .ssd import check_shapes
 
 
 def ssd_scan(
@@ -27,13 +28,12 @@ def ssd_scan(
     if autocasts(x_blhp):
         return without_autocast(ssd_scan, **locals())
     inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
-    if seq_idx_bl is not None and not all(t.isfinite().all() for t in inputs[:5]):
-        # 0 * NaN is NaN: a product over a chunk would carry it to neighbours.
-        return ssd_recurrent(*inputs[:6], initial_state_bhpn=inputs[6], seq_idx_bl=seq_idx_bl)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return with_gradients(ssd_scan, chunk_size, *inputs)
     b, l, h, p, g, n = check_shapes(*inputs)
     assert chunk_size > 0, chunk_size
+    inputs, *lost = without_lost(*inputs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return with_lost(with_gradients(ssd_scan, chunk_size, *inputs), *lost)
+    x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, _ = inputs
     work, size, m = compute_dtype(x_blhp), min(chunk_size, LONGEST_CHUNK), state_products(b, h, g)
     A_gr1 = A_h.to(work).view(g, -1, 1)
     D_gr1 = None if D_h is None else D_h.to(work).view(g, -1, 1)
@@ -60,4 +60,4 @@ def ssd_scan(
         inputs_is1 = (dt_bgrs * end_left)[..., None].flatten(0, 2)
         state = next_state(state, left_iq1[:, -1:], x_isp, inputs_is1, B_msn)
         y_blhp[:, start : start + size] = y_iqp.view(b, h, -1, p).transpose(1, 2)
-    return y_blhp, state[0].view(b, h, p, n)
+    return with_lost((y_blhp, state[0].view(b, h, p, n)), *lost)

@@ -28,6 +28,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from .documents import with_lost, without_lost
 from .precision import autocasts, compute_dtype, without_autocast
 
 
@@ -77,6 +78,7 @@ def ssd_dual(
     if autocasts(x_blhp):
         return without_autocast(ssd_dual, **locals())
     inputs = x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, initial_state_bhpn, seq_idx_bl
+    inputs, *lost = without_lost(*inputs)
     x, dt, A, B_blhn, C_blhn, state_bhpn = _prepare(*inputs)
     L_bqsh = decay_matrix(dt, A, seq_idx_bl).to(x.dtype)
     M_bqsh = torch.einsum("bqhn,bshn,bqsh,bsh->bqsh", C_blhn, B_blhn, L_bqsh, dt)
@@ -89,7 +91,7 @@ def ssd_dual(
     state_bhpn = left_bqh[:, -1, :, None, None] * state_bhpn + inputs_bhpn
     if D_h is not None:
         y = y + D_h.to(x.dtype)[:, None] * x
-    return y.to(x_blhp.dtype), state_bhpn
+    return with_lost((y.to(x_blhp.dtype), state_bhpn), *lost)
 
 
 def decay_matrix(dt_blh: Tensor, A_h: Tensor, seq_idx_bl: Tensor | None = None) -> Tensor:
@@ -119,7 +121,7 @@ def ssd_chunked(
             documents = seq_idx_bl[:, chunk]
             if start > 0:
                 same_document_b = documents[:, 0] == seq_idx_bl[:, start - 1]
-                state_bhpn = state_bhpn * same_document_b[:, None, None, None]
+                state_bhpn = state_bhpn.where(same_document_b[:, None, None, None], 0)
         x, dt, B, C = (t[:, chunk] for t in (x_blhp, dt_blh, B_blgn, C_blgn))
         options = {"initial_state_bhpn": state_bhpn, "seq_idx_bl": documents}
         y_bqhp, state_bhpn = ssd_dual(x, dt, A_h, B, C, D_h, **options)

@@ -19,10 +19,19 @@ PACKAGE = ROOT / "falcon_h1r"
 
 # A room may import rooms above it. A name may be a file or a folder of falcon_h1r/.
 ROOMS = [
-    ["checks", "config_keys", "files", "precision", "presets", "table_names", "tables"],
+    [
+        "checks",
+        "config_keys",
+        "documents",
+        "files",
+        "precision",
+        "presets",
+        "table_names",
+        "tables",
+    ],
     ["json_file"],
     ["norm", "rope", "tensor_file"],
-    ["attention", "chunk", "conv", "documents", "ssd", "mlp", "cache_file"],
+    ["attention", "chunk", "conv", "ssd", "mlp", "cache_file"],
     ["gradients", "cache", "mamba2"],
     ["scan"],
     ["block", "cpu"],

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_inputs import check_keys, offset_type
+from .documents import keys_without_lost
 from .launch import Config, check_inputs, check_rows, next_power_of_2, operator, pick
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -290,10 +291,9 @@ def launch_attention(
     check_keys("attention", q_bhle, k_bjse, v_bjse)
     b, h, l, e = q_bhle.shape
     j, s = k_bjse.shape[1:3]
-    check_rows("attention", "query_offset_b", query_offset_b, (b,))
-    check_rows("attention", "seq_idx_bl", seq_idx_bl, (b, l))
-    check_rows("attention", "key_start_b", key_start_b, (b,))
-    check_rows("attention", "key_lengths_b", key_lengths_b, (b,))
+    names = ("query_offset_b", "seq_idx_bl", "key_start_b", "key_lengths_b")
+    for name, tensor in zip(names, rows):
+        check_rows("attention", name, tensor, (b, l) if name == "seq_idx_bl" else (b,))
     if query_offset_b is None and s != l:
         raise ValueError(f"attention: {s} keys for {l} queries need a query_offset_b")
     if seq_idx_bl is not None and query_offset_b is not None:
@@ -305,6 +305,8 @@ def launch_attention(
     if tiles * b * j == 0:
         return o_bhle
     start_bl = _first_keys(seq_idx_bl, key_start_b, l)
+    if seq_idx_bl is not None:
+        lost_bl, k_bjse, v_bjse = keys_without_lost(k_bjse, v_bjse, *rows[1:])
     _attention_kernel[(tiles * b * j,)](
         q_bhle,
         k_bjse,
@@ -333,6 +335,8 @@ def launch_attention(
         OFFSET=offset_type(chosen.meta["BLOCK_S"], k_bjse, v_bjse),
         **chosen.options,
     )
+    if seq_idx_bl is not None:
+        o_bhle.masked_fill_(lost_bl[:, None, :, None], math.nan)
     return o_bhle
 
 
@@ -387,8 +391,9 @@ def attention(
     0, with s = l. seq_idx_bl: (b, l), numbers of documents that never decrease along a row: a query
     sees keys of its own document; not together with query_offset_b. key_start_b: (b,) keys before
     it are not seen (left padding). key_lengths_b: (b,) keys from there on are not seen. Memory of
-    keys that no query sees is never used. A query that sees no key gives 0. config: a name in
-    `CONFIGS`. Returns (b, h, l, e) in q's dtype, in memory (b, l, h, e). Raises ValueError.
+    keys that no query sees is never used. A query that sees no key gives 0. A document is NaN from
+    what is not finite in its keys to its end. config: a name in `CONFIGS`. Returns (b, h, l, e) in
+    q's dtype, in memory (b, l, h, e). Raises ValueError.
     """
     return _attention_op(
         q_bhle, k_bjse, v_bjse, query_offset_b, seq_idx_bl, key_start_b, key_lengths_b, config

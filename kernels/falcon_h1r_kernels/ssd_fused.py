@@ -158,7 +158,10 @@ def _ssd_walk_kernel(
         ended = (batch * heads + head) * (segments - 1)
         for _ in tl.range(0, segment, num_stages=1):
             end = tl.load(ends_ptr + ended * (P * N) + offset, mask=inside_state, other=0.0)
-            state = state * tl.load(decays_ptr + ended) + end
+            decay = tl.load(decays_ptr + ended)
+            if HAS_SEQ_IDX:  # an infinite state times 0 would be NaN
+                state = tl.where(decay > 0.0, state, 0.0)
+            state = state * decay + end
             ended += 1
     if HAS_SEQ_IDX:
         document = seq_idx_ptr + batch * seq_idx_stride_b
@@ -194,14 +197,11 @@ def _ssd_walk_kernel(
             end = tl.cast(tl.minimum(at + BLOCK_Q, l), tl.int64) - 1
             now = tl.load(document + end * seq_idx_stride_l)
             weight = tl.where(document_q == now, weight, 0.0)
-            decay = tl.where(now == before, decay, 0.0)
         if WRITES_Y:
             # Transposed, (p, q), the state is a left operand as it lies in its registers. The two
             # products are not chained: the compiler would let both warp groups compute all of y.
             C = tl.load(C_block + start * C_stride_l + C_tile, mask=inside_B, other=0.0)
             carried = _decay(sum_q)
-            if HAS_SEQ_IDX:
-                carried = tl.where(document_q == before, carried, 0.0)
             # CB is 0 above the diagonal, where the difference of sums is positive and its
             # exponential could be infinite.
             CB = tl.load(
@@ -212,12 +212,17 @@ def _ssd_walk_kernel(
             y = tl.dot(state.to(x.dtype), tl.trans(C), input_precision="ieee")
             own = skip * tl.trans(x).to(tl.float32)
             own = tl.dot(tl.trans(x), tl.trans(mixing), own, input_precision="ieee")
-            y = y * carried[None, :] + own
+            y = y * carried[None, :]
+            if HAS_SEQ_IDX:
+                y = tl.where((document_q == before)[None, :], y, 0.0)
+            y = y + own
             y = tl.trans(y).to(y_ptr.dtype.element_ty)
             tl.store(y_block + start * y_stride_l + y_tile, y, mask=inside_x)
         else:
             total += log_end
         weighted = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
+        if HAS_SEQ_IDX:
+            state = tl.where(now == before, state, 0.0)
         state = tl.dot(tl.trans(weighted), B, state * decay, input_precision="ieee")
         if HAS_SEQ_IDX:
             before = now

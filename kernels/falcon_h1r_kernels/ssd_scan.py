@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import ssd_fused, ssd_staged
+from .documents import fill, not_finite, without_lost
 from .launch import check_inputs, operator
 
 FORMS = ("auto", "staged", "fused")
@@ -188,6 +189,20 @@ def _ssd_scan_op(
         form = "fused" if config in [known.name for known in CONFIGS] else "staged"
     if form == "auto" and B_blgn.shape[-1] > ssd_fused.MAX_STATE:
         form = "staged"
+    lost_bl = None
+    if seq_idx_bl is not None:
+        # A step that softplus or the limit makes finite is used.
+        least = torch.finfo(dt_blh.dtype).min if dt_softplus else -math.inf
+        steps_blh = dt_blh.clamp(least, math.inf if dt_max == math.inf else 0.0)
+        lost_bl, (x_blhp, B_blgn, _) = without_lost(seq_idx_bl, x_blhp, B_blgn, steps_blh)
+        dt_blh = fill(dt_blh, lost_bl)
+        bad_bl = not_finite(C_blgn)
+        C_blgn, unread_bl = fill(C_blgn, bad_bl), lost_bl | bad_bl
+        if initial_state_bhpn is not None:
+            bad_b = not_finite(initial_state_bhpn[:, None])[:, 0]
+            initial_state_bhpn = fill(initial_state_bhpn, bad_b)
+            first_bl = bad_b[:, None] & (seq_idx_bl == seq_idx_bl[:, :1])
+            lost_bl, unread_bl = lost_bl | first_bl, unread_bl | first_bl
     tail = (initial_state_bhpn, seq_idx_bl, dt_bias_h, dt_softplus, (dt_min, dt_max))
     segments, fused_config = 1, config
     if form != "staged":
@@ -206,12 +221,16 @@ def _ssd_scan_op(
             form=form,
         )
     if form == "staged":
-        return ssd_staged.launch_ssd_staged(
+        y_blhp, state_bhpn = ssd_staged.launch_ssd_staged(
             x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, chunk_size, *tail, config
         )
-    return ssd_fused.launch_ssd_fused(
-        x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, segments, *tail, fused_config
-    )
+    else:
+        y_blhp, state_bhpn = ssd_fused.launch_ssd_fused(
+            x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, segments, *tail, fused_config
+        )
+    if lost_bl is None:
+        return y_blhp, state_bhpn
+    return fill(y_blhp, unread_bl, math.nan), fill(state_bhpn, lost_bl[:, -1], math.nan)
 
 
 @_ssd_scan_op.register_fake
@@ -246,7 +265,8 @@ def ssd_scan(
     with what of that is asked for; 0 holds the state. initial_state_bhpn (b, h, p, n) or None for
     zeros. seq_idx_bl (b, l) int32 or int64 numbers packed documents and never decreases along a
     row: the state is cleared where it changes, the initial state belongs to the first document and
-    the final one to the last.
+    the final one to the last. What is not
+    finite in one document reaches no other: the document is NaN from there to its end.
 
     form: "fused", "staged", or "auto" for what `plan` says; chunk_size is the staged form's.
     config: a configuration of the form; without a form it decides that too. The result depends on

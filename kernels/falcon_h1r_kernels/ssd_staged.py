@@ -150,7 +150,7 @@ def _chunk_scan_kernel(
         offset = (first + q) * seq_idx_stride_l
         document_q = tl.load(document + offset, mask=inside_q, other=0)
         before = tl.load(document + tl.maximum(first - 1, 0) * seq_idx_stride_l)
-        carried = tl.where(document_q == before, carried, 0.0)
+        y = tl.where((document_q == before)[:, None], y, 0.0)  # an infinite state times 0 is NaN
     y *= carried[:, None]
 
     # What the chunk's own positions bring. Above the diagonal CB is 0 but the exponential may be

@@ -197,12 +197,12 @@ def _state_passing_kernel(
     for chunk in tl.range(0, chunks, num_stages=STAGES):
         local = tl.load(state_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         decay = _decay(_log2_units(tl.load(sums)))
+        tl.store(state_ptr + offset, state, mask=inside)
         if HAS_SEQ_IDX:
             last = tl.minimum(chunk * CHUNK + CHUNK, l) - 1
             now = tl.load(document + last.to(tl.int64) * seq_idx_stride_l)
-            decay = tl.where(now == before, decay, 0.0)
+            state = tl.where(now == before, state, 0.0)  # infinity times 0 would be NaN
             before = now
-        tl.store(state_ptr + offset, state, mask=inside)
         state = state * decay + local
         sums += CHUNK
         offset += heads * (P * N)
@@ -281,7 +281,7 @@ def _state_walk_kernel(
         if HAS_SEQ_IDX:
             last = (chunk * CHUNK + tl.minimum(count, CHUNK) - 1).to(tl.int64)
             now = tl.load(document + last * seq_idx_stride_l)
-            decay = tl.where(now == before, decay, 0.0)
+            state = tl.where(now == before, state, 0.0)  # infinity times 0 would be NaN
             before = now
         state *= decay
         for start in tl.static_range(0, CHUNK, BLOCK_S):
