@@ -202,7 +202,7 @@ def _remark(records, equalities) -> None:
 
 def _names(args: argparse.Namespace, records) -> list[tuple[str | None, float | None]]:
     """(policy, eta) of each row; a policy of None is the recorded run's own."""
-    from ..reasoning import MEASURES
+    from ..reasoning import MEASURES, DeepConf, recorded_policy
 
     if args.compare:
         if args.policy:
@@ -214,8 +214,8 @@ def _names(args: argparse.Namespace, records) -> list[tuple[str | None, float | 
             rows.append(("deepconf", args.eta))
         else:
             rows += [("deepconf-low", None), ("deepconf-high", None)]
-        if all(record.manifest.policy is not None for record in records):
-            rows.insert(0, (None, None))
+        if all(isinstance(recorded_policy(record), DeepConf) for record in records):
+            rows.insert(0, (None, None))  # a plain run is one of the rows below
         return rows
     if args.policy:
         return [(name, args.eta) for name in args.policy]

@@ -14,7 +14,7 @@ MAX_HEAD_DIM = 256
 def check_keys(operator: str, q: Tensor, k_bjse: Tensor, v_bjse: Tensor) -> None:
     """Raise ValueError unless q (b, h, ..., e), keys and values belong together."""
     b, h, e = q.shape[0], q.shape[1], q.shape[-1]
-    if k_bjse.ndim != 4 or k_bjse.shape != v_bjse.shape:
+    if k_bjse.ndim != 4 or k_bjse.shape != v_bjse.shape or k_bjse.shape[1] == 0:
         raise ValueError(
             f"{operator}: keys {tuple(k_bjse.shape)} and values {tuple(v_bjse.shape)}, "
             f"expected one shape (b, j, s, e)"

@@ -78,6 +78,8 @@ def launch_causal_conv1d_step(
     """Validate, allocate and launch; the window is moved on in place, y (b, c) is returned."""
     name = "causal_conv1d_step"
     check_inputs(name, x_bc, window_bvc, weight_cw, bias_c)
+    if x_bc.ndim != 2:
+        raise ValueError(f"{name}: x {tuple(x_bc.shape)}, expected (b, c)")
     b, c = x_bc.shape
     v = check_weights(name, c, weight_cw, bias_c)
     check_shape(name, "window", window_bvc, (b, v, c))

@@ -52,15 +52,16 @@ def pick(configs: Sequence[Config], dtype: torch.dtype, name: str = "") -> Confi
     raise ValueError(f"no configuration {name!r} for {dtype}; there are: {known}")
 
 
-# Kernels that count along the last axis in int32; the others take strides of any size.
+# Kernels that count inside a row in int32, and how many of the last axes are a row's; the first
+# axis of several is the batch, which all count in int64. Other kernels take strides of any size.
 NARROW = {
-    "causal_conv1d",
-    "causal_conv1d_step",
-    "conv_ssd_step",
-    "gated_rms_norm",
-    "rms_norm",
-    "rope",
-    "ssd_step",
+    "causal_conv1d": 1,
+    "causal_conv1d_step": 2,
+    "conv_ssd_step": 2,
+    "gated_rms_norm": 1,
+    "rms_norm": 1,
+    "rope": 1,
+    "ssd_step": 2,
 }
 
 
@@ -81,7 +82,7 @@ def operator(name: str, mutates_args: Collection[str] = ()) -> Callable:
             on_its_device
         )
         made.__class__ = DirectOperator
-        made.launch, made.narrow = on_its_device, name in NARROW
+        made.launch, made.narrow = on_its_device, NARROW.get(name, 0)
         names = list(inspect.signature(launch).parameters)
         made.mutated = [names.index(argument) for argument in mutates_args]
         return made
@@ -98,12 +99,14 @@ class DirectOperator(CustomOpDef):
     """
 
     def __call__(self, *args):
+        if not isinstance(args[0], Tensor):
+            raise ValueError(f"{self._name}: {type(args[0]).__name__} is no tensor")
         if not _is_plain(args):
             if self.narrow and not torch.compiler.is_compiling():
-                check_reach(self._name, args)
+                check_reach(self._name, args, self.narrow)
             return super().__call__(*args)
         if self.narrow:
-            check_reach(self._name, args)
+            check_reach(self._name, args, self.narrow)
         out = self.launch(*args)
         for index in self.mutated:
             if not args[index].is_inference():
@@ -111,15 +114,16 @@ class DirectOperator(CustomOpDef):
         return out
 
 
-def check_reach(operator: str, args: Sequence) -> None:
-    """Raise ValueError where an offset along a tensor's last axis does not fit into int32."""
+def check_reach(operator: str, args: Sequence, axes: int) -> None:
+    """Raise ValueError where an offset along the last axes of a tensor does not fit into int32."""
     for value in args:
-        if isinstance(value, Tensor) and value.ndim and value.stride(-1) > 1:
-            reach = value.shape[-1] * value.stride(-1)
-            if reach >= 2**31:
+        if isinstance(value, Tensor) and value.ndim:
+            row = -min(axes, max(value.ndim - 1, 1))
+            sizes, steps = value.shape[row:], value.stride()[row:]
+            if sum(size * step for size, step in zip(sizes, steps)) >= 2**31:
                 raise ValueError(
-                    f"{operator}: {value.shape[-1]} elements at a stride of {value.stride(-1)}; "
-                    f"the kernels need channels x stride < 2^31: make the tensor contiguous"
+                    f"{operator}: sizes {tuple(sizes)} at strides {steps}; the kernels need "
+                    f"channels x stride < 2^31: make the tensor contiguous"
                 )
 
 
@@ -183,9 +187,20 @@ def check_rows(operator: str, name: str, tensor: Tensor | None, shape: tuple[int
 
 
 def check_in_place(operator: str, name: str, tensor: Tensor) -> None:
-    """Raise ValueError if elements of a tensor that is updated in place share memory."""
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride())):
-        raise ValueError(f"{operator}: {name} is expanded, and cannot be updated in place")
+    """Raise ValueError if elements of a tensor that is updated in place may share memory."""
+    reach = 0  # of the axes with smaller strides: a step along the next one must pass it
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1:
+            if stride <= reach:
+                what = "is expanded" if stride == 0 else "overlaps itself"
+                raise ValueError(f"{operator}: {name} {what}, and cannot be updated in place")
+            reach += (size - 1) * stride
+
+
+def check_limit(operator: str, low: float, high: float) -> None:
+    """Raise ValueError unless a limit of step sizes is an interval."""
+    if not low <= high:
+        raise ValueError(f"{operator}: dt_limit ({low}, {high}), expected the smaller bound first")
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:

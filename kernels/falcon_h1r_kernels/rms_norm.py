@@ -60,7 +60,9 @@ def launch_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Validate, allocate and launch; returns y and x + residual (empty without a residual)."""
     check_inputs("rms_norm", x, weight_d, residual)
-    d = x.shape[-1]
+    d = x.shape[-1] if x.ndim else 0
+    if d == 0:
+        raise ValueError(f"rms_norm: x {tuple(x.shape)}, expected (..., d) with d > 0")
     if weight_d.shape != (d,):
         raise ValueError(f"rms_norm: weight of shape {tuple(weight_d.shape)}, expected ({d},)")
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):

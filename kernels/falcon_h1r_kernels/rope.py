@@ -76,6 +76,8 @@ def launch_rope(
 ) -> Tensor:
     """Validate, allocate and launch; returns (b, h, l, e) contiguous in x's dtype."""
     check_inputs("rope", x_bhle, cos_bli, sin_bli)
+    if x_bhle.ndim != 4:
+        raise ValueError(f"rope: x {tuple(x_bhle.shape)}, expected (b, h, l, e)")
     b, h, l, e = x_bhle.shape
     tables = cos_bli.shape == sin_bli.shape and cos_bli.shape in ((b, l, e // 2), (1, l, e // 2))
     if e % 2 or not tables:

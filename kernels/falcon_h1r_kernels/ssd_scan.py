@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import ssd_fused, ssd_staged
 from .documents import fill, not_finite, without_lost
-from .launch import check_inputs, operator
+from .launch import check_inputs, check_limit, operator
 
 FORMS = ("auto", "staged", "fused")
 CONFIGS = ssd_fused.CONFIGS
@@ -185,6 +185,7 @@ def _ssd_scan_op(
         "dt_bias_h": dt_bias_h,
     }
     _check(x_blhp, dt_blh, A_h, B_blgn, C_blgn, chunk_size, form, optional)
+    check_limit("ssd_scan", dt_min, dt_max)
     if form == "auto" and config:
         form = "fused" if config in [known.name for known in CONFIGS] else "staged"
     if form == "auto" and B_blgn.shape[-1] > ssd_fused.MAX_STATE:

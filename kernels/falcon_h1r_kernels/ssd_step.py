@@ -22,6 +22,7 @@ from .launch import (
     Config,
     check_in_place,
     check_inputs,
+    check_limit,
     next_power_of_2,
     operator,
     pick,
@@ -203,6 +204,7 @@ def launch_ssd_step(
     tensors = (A_h, B_bgn, C_bgn, D_h, dt_bias_h, z_bhp)
     check_inputs(name, x, state_bhpn, dt_bh, *tensors, *conv or ())
     check_step(name, state_bhpn, x_bhp, dt_bh, *tensors, groups)
+    check_limit(name, *dt_limit)
     b, h, p, n = state_bhpn.shape
     v = 0
     if conv is not None:

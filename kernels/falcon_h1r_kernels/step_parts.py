@@ -49,6 +49,8 @@ def check_step(
     groups: int,
 ) -> None:
     """Raise ValueError unless the tensors of a step fit its state, which can be updated."""
+    if state_bhpn.ndim != 4:
+        raise ValueError(f"{name}: state is {tuple(state_bhpn.shape)}, expected (b, h, p, n)")
     b, h, p, n = state_bhpn.shape
     if groups < 1 or h % groups:
         raise ValueError(f"{name}: {h} heads do not divide into {groups} groups")
