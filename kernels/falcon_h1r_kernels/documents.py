@@ -35,7 +35,7 @@ def keys_without_lost(k_bjse, v_bjse, seq_idx_bl, key_start_b, key_lengths_b):
 
 def not_finite(inputs: Tensor) -> Tensor:
     """(b, l, ...) -> (b, l), True where any value is infinite or NaN."""
-    return (~inputs.isfinite()).flatten(2).any(2)
+    return (inputs.flatten(2) * 0).sum(2) != 0  # NaN, then; several times as fast as isfinite
 
 
 def fill(inputs: Tensor, where: Tensor, value: float = 0.0) -> Tensor:
