@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from witness import make_witness
 
 from falcon_h1r import attention, scan, ssd
-from falcon_h1r.cpu import CompiledPrefill, CompiledStep
+from falcon_h1r.cpu import CompiledPrefill, CompiledStep, use_int8, use_onednn
 from falcon_h1r.ops import INDUCTOR, REFERENCE, TORCH
 
 NARROW = torch.bfloat16, torch.float16
@@ -181,3 +181,18 @@ def test_a_narrow_model_is_not_cast_to_the_other_narrow_dtype(own, other):
     refused = pytest.raises(ValueError, match=f"autocast to torch.{other}: the model is in")
     with torch.autocast("cpu", dtype=getattr(torch, other)), refused:
         model(ids)
+
+
+@pytest.mark.parametrize("use", [use_int8, use_onednn])
+def test_layers_of_libraries_keep_their_dtype_and_refuse_a_gradient(use):
+    """Their gradient was a warning of torch's, and zeros."""
+    model = make_model(make_config("h1r_like"))
+    ids = random_ids(model.config, 2, 9)
+    use(model)
+    expected = model(ids)
+    with autocast():
+        assert torch.equal(model(ids), expected)
+    with torch.no_grad():
+        assert torch.equal(model(ids), expected)
+    with pytest.raises(RuntimeError, match="Linear has no gradient"):
+        expected.sum().backward()

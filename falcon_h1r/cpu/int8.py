@@ -13,6 +13,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from .forward_only import forward_only
+
 SEVEN_BITS = not torch.cpu._is_vnni_supported()  # of inputs
 
 
@@ -38,6 +40,7 @@ class Int8Linear(nn.Module):
             f"cache, needs the model as it was before use_int8"
         )
 
+    @forward_only
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype."""
         rows = x.float().reshape(-1, self.in_features)

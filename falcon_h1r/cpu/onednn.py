@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision import compute_dtype
+from .forward_only import forward_only
 
 # Up to this many rows a compiled step streams the weights. Beyond, arithmetic is the limit, at
 # which oneDNN is better: from 3 rows on with packed bfloat16, from 9 in float32.
@@ -63,6 +64,7 @@ class OneDNNLinear(nn.Module):
         if not self.tied:
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    @forward_only
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         rows = x.numel() // self.in_features
