@@ -10,10 +10,12 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .block import HybridBlock
 from .cache import Cache, Span
@@ -107,6 +109,8 @@ class FalconH1ForCausalLM(nn.Module):
         seq_idx: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
+        recompute: bool = False,
+        head: Callable[[Tensor], Any] | None = None,
     ) -> Tensor:
         """Logits of the next token at every position, and `cache` advanced in place.
 
@@ -121,13 +125,17 @@ class FalconH1ForCausalLM(nn.Module):
         each as if alone; not together with a cache or with padding.
         inputs_embeds: (b, l, d) in the model's dtype, in place of input_ids: what `embed` returns,
         the embedding multiplier included.
+        recompute: keep the input of each block alone for the backward, which runs the block again:
+        a training step takes a third longer, and its memory is one block's.
+        head: makes what is returned of the last hidden states (b, l or k, d), behind the final
+        norm; None: the logits. See `training.next_token_loss`.
         Returns (b, l or k, vocab) logits in float32 (float64 in a float64 model).
         Raises ValueError for ids outside the vocabulary, shapes and dtypes that do not fit, a cache
         of another model, full, or in which a forward was interrupted, and a row longer than
         max_position_embeddings.
         """
         if cache is not None and torch.is_grad_enabled():
-            options = {"seq_idx": seq_idx, "inputs_embeds": inputs_embeds}
+            options = {"seq_idx": seq_idx, "inputs_embeds": inputs_embeds, "head": head}
             with torch.no_grad():
                 return FalconH1ForCausalLM.forward(
                     self, input_ids, attention_mask, cache, logits_to_keep, **options
@@ -151,11 +159,16 @@ class FalconH1ForCausalLM(nn.Module):
         x_bld = self.embed(tokens) if inputs_embeds is None else tokens
         if cache is not None:
             held, cache.lengths = cache.lengths, ~cache.lengths  # stays, should a block raise
+        recompute = recompute and torch.is_grad_enabled()
         for block, layer in self._blocks(cache):
-            x_bld = block(x_bld, span, layer)
+            if recompute:
+                x_bld = checkpoint(block, x_bld, span, layer, use_reentrant=False)
+            else:
+                x_bld = block(x_bld, span, layer)
         if cache is not None:
             cache.lengths = held.add_(tokens.shape[1] if lengths is None else lengths)
-        return self.logits(_rows_to_return(x_bld, shape[1], lengths, shift, logits_to_keep))
+        x_bld = _rows_to_return(x_bld, shape[1], lengths, shift, logits_to_keep)
+        return self.logits(x_bld) if head is None else head(self.model["final_layernorm"](x_bld))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(b, l) ids -> (b, l, d): the embedding and its multiplier."""

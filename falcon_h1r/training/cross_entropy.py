@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import as_integers
 from ..gradients import once
-from ..precision import compute_dtype
+from ..precision import autocasts, compute_dtype
 
 PIECE = 2**24  # logits at a time, 64 MiB of float32
 
@@ -43,7 +43,9 @@ def linear_cross_entropy(
                 f"weights: shape {tuple(weights_t.shape)}, expected {tuple(targets_t.shape)}"
             )
         weights = weights_t[rows].to(weights)
-    return _Loss.apply(x_td[rows], head_vd, targets, weights, multiplier)
+    x_td, head_vd = _as_linear(x_td[rows], head_vd)
+    with torch.autocast(x_td.device.type, enabled=False):
+        return _Loss.apply(x_td, head_vd, targets, weights, multiplier)
 
 
 def linear_logprobs(
@@ -61,7 +63,17 @@ def linear_logprobs(
     backward makes the logits again: what a token's log-probability is worth may depend on it.
     """
     _rows(x_td, head_vd, targets_t, None)
-    return _Logprobs.apply(x_td, head_vd, targets_t.long(), multiplier / temperature)
+    x_td, head_vd = _as_linear(x_td, head_vd)
+    with torch.autocast(x_td.device.type, enabled=False):
+        return _Logprobs.apply(x_td, head_vd, targets_t.long(), multiplier / temperature)
+
+
+def _as_linear(x_td: Tensor, head_vd: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype where it is on, as the inputs of every linear layer."""
+    if not autocasts(x_td):
+        return x_td, head_vd
+    dtype = torch.get_autocast_dtype(x_td.device.type)
+    return x_td.to(dtype), head_vd.to(dtype)
 
 
 def _rows(x_td: Tensor, head_vd: Tensor, targets_t, ignore_index: int | None) -> Tensor:
