@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .layout import EMBEDDING, HEAD
+from .layout import EMBEDDING, HEAD, refuse_adapters
 
 if TYPE_CHECKING:
     from ..config import FalconH1Config
@@ -72,6 +72,7 @@ def fold_multipliers(model: FalconH1ForCausalLM) -> FalconH1ForCausalLM:
     checkpoint itself was rounded by. Parameters without a factor are shared with `model`,
     all others are new. Tied embeddings come apart, since both ends have factors of their own.
     """
+    refuse_adapters(model)
     config = dataclasses.replace(model.config, **ONES, tie_word_embeddings=False)
     factors = fold_factors(model.config)
     weights = dict(model.state_dict())

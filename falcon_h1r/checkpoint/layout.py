@@ -36,6 +36,15 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHOWN = 8  # names listed in a message before the rest is counted
 
 
+def refuse_adapters(model: torch.nn.Module) -> None:
+    """Raise `CheckpointError` for a model with LoRA adapters, which its layout has no place for."""
+    if name := next((n for n, _ in model.named_parameters() if n.endswith(".lora_A")), None):
+        raise CheckpointError(
+            f"{name}: an adapter; training.merge_lora adds it to its weights, "
+            "training.save_lora keeps it apart"
+        )
+
+
 class TensorInfo(NamedTuple):
     """One row of `inspect`."""
 

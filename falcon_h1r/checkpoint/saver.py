@@ -20,7 +20,16 @@ from ..tensor_file import Spec, bytes_of, write_safetensors
 from .errors import CheckpointError
 from .generation_config import read_generation_config
 from .hub import CHAT_TEMPLATES, CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, resolve
-from .layout import DTYPES, INDEX, SHARD_NAME, SINGLE, common_dtype, listed, read_json_object
+from .layout import (
+    DTYPES,
+    INDEX,
+    SHARD_NAME,
+    SINGLE,
+    common_dtype,
+    listed,
+    read_json_object,
+    refuse_adapters,
+)
 
 if TYPE_CHECKING:
     from ..model import FalconH1ForCausalLM
@@ -54,6 +63,7 @@ def save(
     cannot be stored.
     """
     check_integer("max_shard_bytes", max_shard_bytes, 1, error=CheckpointError)
+    refuse_adapters(model)
     tensors = model.state_dict()
     specs = [Spec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     for name, tensor in tensors.items():

@@ -68,9 +68,15 @@ def next_token_logprobs(
 
 
 def head_weight(model) -> Tensor:
-    """The head's weight (v, d): the embedding's where both are one."""
-    tied = model.config.tie_word_embeddings
-    return (model.model["embed_tokens"] if tied else model.lm_head).weight
+    """The head's weight (v, d), its adapter added; the embedding's where both are one.
+
+    Raises ValueError for a head of packed weights.
+    """
+    head = model.model["embed_tokens"] if model.config.tie_word_embeddings else model.lm_head
+    weight = head._parameters.get("weight")
+    if weight is None:
+        raise ValueError(f"the head is a {type(head).__name__}, which has no gradient")
+    return weight + head.lora_delta().to(weight.dtype) if hasattr(head, "lora_delta") else weight
 
 
 def _like_ids(targets, input_ids) -> Tensor:
