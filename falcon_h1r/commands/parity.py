@@ -65,6 +65,11 @@ def add_to(commands) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help="the whole report: .md, .json, .html, .png, .svg or .pdf"
     )
+    parser.add_argument(
+        "--gradients",
+        action="store_true",
+        help="of each parameter instead: the error of its gradient of the mean loss of the text",
+    )
     common.add_force(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run)
@@ -82,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     tables = _tables(args)
     _quiet_transformers()
     model = _model(args)
+    if args.gradients:
+        return _gradients(args, model, tables)
     if args.write_dump is not None:
         return _write_dump(args, model, tables)
     if args.write_budget is not None:
@@ -120,6 +127,43 @@ def run(args: argparse.Namespace) -> int:
         write_report(report, in_json if Path(args.out).suffix == ".json" else facts, args.out)
     print(as_json(report, in_json) if args.json else as_text(report, facts))
     return 1 if report.beyond or not all(checks.values()) else 0
+
+
+def _gradients(args, model, tables) -> int:
+    import torch
+
+    from ..study.parity import make_inputs
+    from ..study.parity_gradients import compare_gradients
+
+    for option in ("paths", "layers", "budget", "write_budget", "write_dump", "out"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')}: not with --gradients")
+    if args.against not in (None, "transformers"):
+        raise ValueError(f"--against {args.against}: gradients are compared with transformers'")
+    if args.prompt is None:
+        ids = make_inputs(model.config, "prefill", None).ids
+    else:
+        args.paths = ["prefill"]
+        ids = _inputs(args, model)["prefill"].ids
+    peer = args.against is not None or _has_transformers()
+    found = [
+        compare_gradients(model, ids, getattr(torch, dtype), tables, peer) for dtype in args.dtype
+    ]
+    if args.json:
+        rows = [{**errors._asdict(), "beyond": errors.beyond} for errors in found]
+        print(json.dumps({"input_ids": list(ids.shape), "gradients": rows}))
+    else:
+        b, l = ids.shape
+        print(f"{args.model_shape or args.model}, {b} x {l} tokens; relative rms error to float64")
+        for errors in found:
+            print(f"\n{errors}")
+    return 1 if any(errors.beyond for errors in found) else 0
+
+
+def _has_transformers() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("transformers") is not None
 
 
 def _found(checks: dict) -> dict:
