@@ -27,10 +27,10 @@ def rms_norm(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
     """`rms_norm_reference` in fewer passes over memory."""
     assert weight_d.shape == x.shape[-1:], (weight_d.shape, x.shape)
     work = x.to(compute_dtype(x))
-    return (work * _rms_scale(work, eps)).mul_(weight_d).to(x.dtype)
+    return (work * rms_scale(work, eps)).mul_(weight_d).to(x.dtype)
 
 
-def _rms_scale(x: Tensor, eps: float) -> Tensor:
+def rms_scale(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last axis, which stays; the squares are not stored."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.rsqrt(norm.square() / x.shape[-1] + eps)
@@ -77,7 +77,7 @@ def gated_rms_norm(y_bld, z_bld, weight_d, eps, n_groups=1, norm_before_gate=Fal
         return gate.mul_(y_bld).to(y_bld.dtype)
     y = y_bld.to(work) if norm_before_gate else gate.mul_(y_bld)
     grouped = y.unflatten(-1, (n_groups, -1))
-    y = (grouped * _rms_scale(grouped, eps)).flatten(-2).mul_(weight_d)
+    y = (grouped * rms_scale(grouped, eps)).flatten(-2).mul_(weight_d)
     return (y.mul_(gate) if norm_before_gate else y).to(y_bld.dtype)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import attention, conv, mlp, norm, rope, scan, ssd
+from . import attention, conv, mlp, norm, operator_gradients, rope, scan, ssd
 from .cpu import inductor, step
 from .table_names import NAMES
 
@@ -55,9 +55,10 @@ REFERENCE = Ops(
 )
 
 TORCH = REFERENCE._replace(
-    rms_norm=norm.rms_norm,
-    gated_rms_norm=norm.gated_rms_norm,
-    causal_conv1d=conv.causal_conv1d,
+    rms_norm=operator_gradients.rms_norm,
+    gated_rms_norm=operator_gradients.gated_rms_norm,
+    causal_conv1d=operator_gradients.causal_conv1d,
+    swiglu=operator_gradients.swiglu,
     ssd_scan=scan.ssd_scan,
     ssd_step=step.ssd_step,
     attention=attention.attention,

@@ -33,7 +33,7 @@ ROOMS = [
     ["norm", "rope", "tensor_file"],
     ["attention", "chunk", "conv", "ssd", "mlp", "cache_file"],
     ["gradients", "cache", "mamba2"],
-    ["scan"],
+    ["operator_gradients", "scan"],
     ["block", "cpu"],
     ["ops"],
     ["checkpoint"],
