@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as _fused
 
-from .documents import attention_apart
+from .documents import attention_apart, each_document
 from .precision import autocasts, compute_dtype, without_autocast
 
 
@@ -41,15 +41,15 @@ def attention_reference(
     return (probabilities @ v).to(q_bhle.dtype)
 
 
-@attention_apart
+@each_document
 def attention(q_bhle, k_bjse, v_bjse, *, query_offset_b=None, seq_idx_bl=None) -> Tensor:
     """`attention_reference` through torch's fused attention; same arguments."""
     if autocasts(q_bhle):
         return without_autocast(attention, **locals())
     l, s = q_bhle.shape[2], k_bjse.shape[2]
-    alone = query_offset_b is None and seq_idx_bl is None
+    alone = query_offset_b is None
     assert l == s or not alone, (l, s)
-    mask = None if alone else visible_keys(l, s, query_offset_b, seq_idx_bl, q_bhle.device)
+    mask = None if alone else visible_keys(l, s, query_offset_b, None, q_bhle.device)
     return _fused(q_bhle, k_bjse, v_bjse, mask, is_causal=alone, enable_gqa=True)
 
 

@@ -75,3 +75,22 @@ def attention_apart(attention):
         return filled(o_bhle.transpose(1, 2), blind_bl, torch.nan).transpose(1, 2)
 
     return apart
+
+
+def each_document(attention):
+    """An attention that takes the documents of a row one after another: no mask, and no product
+    between documents, so that memory stays linear in the length of the row."""
+
+    @functools.wraps(attention)
+    def each(q_bhle, k_bjse, v_bjse, *, query_offset_b=None, seq_idx_bl=None):
+        if seq_idx_bl is None:
+            return attention(q_bhle, k_bjse, v_bjse, query_offset_b=query_offset_b)
+        assert query_offset_b is None and seq_idx_bl.shape == (len(q_bhle), q_bhle.shape[2])
+        rows = []
+        for row, numbers_l in enumerate(seq_idx_bl):
+            sizes = numbers_l.unique_consecutive(return_counts=True)[1].tolist()
+            parts = (t[row : row + 1].split(sizes, 2) for t in (q_bhle, k_bjse, v_bjse))
+            rows.append(torch.cat([attention(q, k, v) for q, k, v in zip(*parts)], 2))
+        return torch.cat(rows)
+
+    return each
