@@ -13,6 +13,8 @@ The functions have the names and arguments of the operators and are those of the
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,7 @@ def learns(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
+@functools.wraps(norm.rms_norm)
 def rms_norm(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
     if not learns(x, weight_d):
         return norm.rms_norm(x, weight_d, eps)
@@ -50,6 +53,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), dweight, None
 
 
+@functools.wraps(norm.gated_rms_norm)
 def gated_rms_norm(y_bld, z_bld, weight_d, eps, n_groups=1, norm_before_gate=False) -> Tensor:
     if not learns(y_bld, z_bld, weight_d):
         return norm.gated_rms_norm(y_bld, z_bld, weight_d, eps, n_groups, norm_before_gate)
@@ -99,6 +103,7 @@ def _norm_back(x: Tensor, weight_d: Tensor, dy: Tensor, eps: float, groups: int)
     return dnormed.addcmul_(normed, mean, value=-1).mul_(scale).flatten(-2), dweight
 
 
+@functools.wraps(mlp.swiglu_reference)
 def swiglu(gate: Tensor, up: Tensor, gate_multiplier: float = 1.0) -> Tensor:
     if not learns(gate, up):
         return mlp.swiglu_reference(gate, up, gate_multiplier)
@@ -123,6 +128,7 @@ class _SwiGLU(torch.autograd.Function):
         return dgate.to(gate.dtype), dup, None
 
 
+@functools.wraps(conv.causal_conv1d)
 def causal_conv1d(
     x_blc, weight_cw, bias_c=None, *, initial_window_bvc=None, lengths_b=None, seq_idx_bl=None
 ) -> tuple[Tensor, Tensor]:
