@@ -23,7 +23,7 @@ def lost_positions(seq_idx_bl: Tensor, *inputs: Tensor) -> Tensor:
 
 def not_finite(inputs: Tensor) -> Tensor:
     """(b, l, ...) -> (b, l), True where any value is infinite or NaN."""
-    return (inputs.flatten(2) * 0).sum(2) != 0  # NaN, then; several times as fast as isfinite
+    return (inputs.detach().flatten(2) * 0).sum(2) != 0  # NaN; several times as fast as isfinite
 
 
 def filled(inputs: Tensor, where: Tensor, value: float = 0.0) -> Tensor:
