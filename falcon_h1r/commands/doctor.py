@@ -27,6 +27,12 @@ def add_to(commands) -> None:
         "may be repeated, for a prefill, decode steps, padding",
     )
     parser.add_argument(
+        "--gradients",
+        metavar="FILE",
+        help="gradients of the other implementation by parameter name, .safetensors, with "
+        "input_ids: of the mean loss over all positions; a fault of its backward is named",
+    )
+    parser.add_argument(
         "-m",
         "--model",
         default=common.DEFAULT_MODEL,
@@ -62,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         return _list(args)
     if args.self_test:
         return _self_test(args)
+    if args.gradients is not None:
+        return _gradients(args)
     if not args.dump:
         raise ValueError("--dump FILE is missing (or --list, or --self-test)")
     if args.write_calibration is not None:
@@ -80,6 +88,26 @@ def run(args: argparse.Namespace) -> int:
     progress("")
     print(found.to_json() if args.json else found)
     return 0 if found.status == "no fault" else 1
+
+
+def _gradients(args) -> int:
+    from ..study.gradient_faults import diagnose_gradients, read_gradients
+
+    for option in ("dump", "write_calibration"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')}: not with --gradients")
+    model = stored_model(args.model, args.revision)
+    ids, gradients = read_gradients(args.gradients, model)
+    narrow = args.dtype in ("bfloat16", "float16") or (
+        args.dtype is None and any(g.dtype.itemsize < 4 for g in gradients.values())
+    )
+    found = diagnose_gradients(model, ids, gradients, 0.3 if narrow else 1e-3, progress)
+    progress("")
+    if args.json:
+        print(json.dumps({**found._asdict(), "fault": found.fault}))
+    else:
+        print(found)
+    return 0 if found.fault is None else 1
 
 
 def _list(args) -> int:
