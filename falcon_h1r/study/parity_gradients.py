@@ -63,7 +63,7 @@ def compare_gradients(
 ) -> GradientErrors:
     """The gradients of `model`'s weights, rounded to `dtype`, under each table and transformers.
 
-    ids: (b, l), l >= 2. A table without a backward is refused by torch (RuntimeError).
+    ids: (b, l), l >= 2. Raises ValueError for a table without a backward.
     """
     if ids.shape[1] < 2:
         raise ValueError("a gradient needs two tokens: the second is predicted from the first")
@@ -81,7 +81,10 @@ def compare_gradients(
     judges = [errors_of(_copy(narrow, dtype, REFERENCE))[0]]
     found, loss = {}, {}
     for name, table in tables.items():
-        found[name], loss[name] = errors_of(_copy(narrow, dtype, table))
+        try:
+            found[name], loss[name] = errors_of(_copy(narrow, dtype, table))
+        except RuntimeError as error:
+            raise ValueError(f"the table {name} gave no gradient: {error}") from error
     if peer:
         from ..bench.peer_model import transformers_model
 

@@ -83,11 +83,19 @@ def operator(name: str, mutates_args: Collection[str] = ()) -> Callable:
         )
         made.__class__ = DirectOperator
         made.launch, made.narrow = on_its_device, NARROW.get(name, 0)
+        if not mutates_args:
+            made.register_autograd(functools.partial(_refuse_gradient, name))
         names = list(inspect.signature(launch).parameters)
         made.mutated = [names.index(argument) for argument in mutates_args]
         return made
 
     return register
+
+
+def _refuse_gradient(name: str, ctx, *gradients):
+    raise RuntimeError(
+        f"{name}: the kernels have no backward; take gradients under another operator table (TORCH)"
+    )
 
 
 class DirectOperator(CustomOpDef):

@@ -117,7 +117,7 @@ def test_all_other_calls_do_not(twice):
         assert type(launch(torch.empty(3), torch.empty(3))) is FakeTensor
     assert launch(torch.empty(3, device="meta"), torch.empty(3, device="meta")).is_meta
     y = torch.zeros(3, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match=r"no autograd formula|no backward"):
         launch(normal(3), y).sum().backward()
 
 

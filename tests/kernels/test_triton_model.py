@@ -119,7 +119,7 @@ def test_a_compiled_block_is_one_graph_with_kernels_in_it():
 def test_backward_is_refused():
     triton, _, _ = tables("two_groups")
     logits = triton(random_ids(triton.config, 1, 4))
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match=r"no autograd formula|no backward"):
         logits.sum().backward()
 
 
