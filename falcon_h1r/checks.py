@@ -100,6 +100,14 @@ def as_dtype(value, name: str = "dtype", error: type[ValueError] = ValueError) -
     return getattr(torch, text)
 
 
+def _check_plain(name: str, tensor) -> None:
+    import torch
+
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        what = "without values" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}"
+        raise ValueError(f"{name}: expected a plain tensor, found one {what}")
+
+
 def as_integers(name: str, tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
     """A tensor of whole numbers as int64. Raises ValueError for anything else, booleans included,
     and for another shape than `shape`."""
@@ -107,6 +115,7 @@ def as_integers(name: str, tensor, shape: Sequence[int] | None = None) -> torch.
 
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor of integers, found {type(tensor).__name__}")
+    _check_plain(name, tensor)
     kind, found = tensor.dtype, tuple(tensor.shape)
     if kind.is_floating_point or kind.is_complex or kind == torch.bool:
         raise ValueError(f"{name}: expected integers, found {kind} of shape {found}")
@@ -136,6 +145,7 @@ def as_mask(name: str, mask, shape: Sequence[int]) -> torch.Tensor:
     found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
     if found != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, as the new tokens, found {found}")
+    _check_plain(name, mask)
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"{name}: expected 1 at real tokens and 0 at padding, found other values")
     return mask != 0

@@ -5,7 +5,7 @@ import functools
 import numpy
 import pytest
 import torch
-from models import make_config, make_model
+from models import make_config, make_model, random_ids
 
 from falcon_h1r import generate
 
@@ -119,3 +119,20 @@ def test_logits_behind_a_cache_have_no_gradient_under_any_table(table):
         with pytest.raises(RuntimeError, match="does not require grad"):
             logits.sum().backward()
     assert one(IDS).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "quantised"])
+def test_tensors_that_are_not_plain_are_refused(kind):
+    model = make_model(make_config())
+    ids = random_ids(model.config, 2, 7)
+    make = {
+        "sparse": lambda t: t.to_sparse(),
+        "meta": lambda t: t.to("meta"),
+        "quantised": lambda t: torch.quantize_per_tensor(t.float(), 1.0, 0, torch.quint8),
+    }[kind]
+    with pytest.raises(ValueError, match="input_ids: expected"):
+        model(make(ids))
+    with pytest.raises(ValueError, match="attention_mask: expected a plain tensor"):
+        model(ids, attention_mask=make(torch.ones_like(ids)))
+    with pytest.raises(ValueError, match="seq_idx: expected"):
+        model(ids, seq_idx=make(torch.zeros_like(ids)))
