@@ -21,7 +21,7 @@ def gradients(model, ids):
     return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("variant", ["two_groups", "all_biases"])
+@pytest.mark.parametrize("variant", ["all_biases"])
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_each_fault_is_named(fault, variant):
     model = make_model(make_config(variant))
